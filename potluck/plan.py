@@ -1,0 +1,79 @@
+"""Which worker holds which layers: the nouns. Frozen and self-checking; no algorithm (that is coordinator/planner)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from potluck.errors import PlanError
+
+WorkerId = NewType("WorkerId", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Layers [start, stop) of a model. Never empty; raises PlanError."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise PlanError(f"span [{self.start}, {self.stop}) holds no layer")
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the span holds."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.stop})"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker said of itself at registration; figures measured by its probe."""
+
+    id: WorkerId
+    address: str  # host:port of its Worker service
+    isa: str
+    threads: int
+    memory_bytes: int
+    memory_free_bytes: int  # that a shard and its KV may take
+    read_bytes_per_second: float
+    machine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One span of a plan, on its worker."""
+
+    worker: WorkerId
+    span: Span
+    embeds: bool
+    has_head: bool
+    memory_bytes: int  # shard, KV budget and scratch
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages in pipeline order: each layer exactly once, each worker at most once. Raises PlanError."""
+
+    n_layers: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        at = 0
+        for stage in self.stages:
+            if stage.span.start != at:
+                raise PlanError(f"layers {at} to {stage.span.start} lie on no stage or on two")
+            at = stage.span.stop
+        if at != self.n_layers:
+            raise PlanError(f"the plan ends at layer {at} of {self.n_layers}")
+        if len({stage.worker for stage in self.stages}) != len(self.stages):
+            raise PlanError("a worker stands twice in the plan")
+        ends = [(s.embeds, s.has_head) for s in self.stages]
+        last = len(ends) - 1
+        if ends != [(i == 0, i == last) for i in range(len(ends))]:
+            raise PlanError("only the first stage embeds and only the last has the head")

@@ -1,0 +1,64 @@
+"""Every gRPC option and every deadline. Nothing else names one.
+
+Values and the measurements behind them: keepalive sees a stopped process or a cut cable within 3.0 s only together with
+`grpc.http2.ping_timeout_ms` (without it pings have a timer of 60 s of their own); a pause of 1.4 s is survived.
+"""
+
+from __future__ import annotations
+
+MESSAGE_BYTES = 4 * 1024 * 1024
+ENVELOPE_BYTES = 64 * 1024  # what a step needs besides its activation; prefill is cut at MESSAGE_BYTES less this
+
+CONNECT_SECONDS = 3.0
+REGISTER_SECONDS = 5.0
+CALL_SECONDS = 5.0  # Describe, Status, Tokenize and other small calls
+HEARTBEAT_SECONDS = 0.5  # interval
+HEARTBEAT_DEADLINE_SECONDS = 2.0
+LOST_SECONDS = 4.0  # without a heartbeat
+LOAD_STALL_SECONDS = 30.0  # a load without progress
+CANCEL_SECONDS = 2.0
+DRAIN_SECONDS = 30.0
+ACK_SECONDS = 10.0  # a step that the next stage does not acknowledge
+STEP_FLOOR_SECONDS = 60.0  # a step without result; the predicted time raises it
+IDLE_MESSAGE_SECONDS = 15.0  # a client's stream without any message: the coordinator sends one every 5 s
+PUBLIC_RPCS = 256
+WORKER_RPCS = 64
+
+DEFAULT_GRPC_PORT = 7685
+DEFAULT_FLEET_PORT = 7684
+DEFAULT_WORKER_PORT = 7690
+
+Options = list[tuple[str, int]]
+
+_BOTH: Options = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+]
+
+
+def client_options() -> Options:
+    """Options of every channel: watched while idle, quick to redial, retries left to us."""
+    return [
+        *_BOTH,
+        ("grpc.keepalive_time_ms", 1500),
+        ("grpc.keepalive_timeout_ms", 1500),
+        ("grpc.http2.ping_timeout_ms", 1500),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options() -> Options:
+    """Options of every server: one owner a port, pings every second allowed."""
+    return [
+        *_BOTH,
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
