@@ -1,7 +1,8 @@
 // Weights times activations: preparing rows, and the products of packed panels with them.
 //
-// The only door of the rest of the engine to the matrix kernels. Shapes: M rows of the batch, N output
-// rows of a matrix, K its inner dimension; a panel is 8 rows of a matrix interleaved (pack.h).
+// The only door of the rest of the engine to the matrix kernels. Shapes: M rows of the batch, N
+// output rows of a matrix, K its inner dimension; a panel is 8 rows of a matrix interleaved
+// (pack.h).
 #pragma once
 
 #include <cstddef>
@@ -33,15 +34,15 @@ size_t PreparedBytes(Grain grain, size_t rows, size_t k);
 // Rows are prepared in groups of this many, so that threads can share the work.
 constexpr size_t kPrepareGroup = 4;
 
-// Prepares rows [first, last) of x ([rows, k], row r at x + r * stride) into dst, the buffer of all `rows`
-// rows. first is a multiple of kPrepareGroup, last is too or equals rows. False: a value is NaN or infinite.
-// Source of the arithmetic: canonical arithmetic, step 1 (kernels/scalar.cpp).
+// Prepares rows [first, last) of x ([rows, k], row r at x + r * stride) into dst, the buffer of all
+// `rows` rows. first is a multiple of kPrepareGroup, last is too or equals rows. False: a value is
+// NaN or infinite. Source of the arithmetic: canonical arithmetic, step 1 (kernels/scalar.cpp).
 bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t stride, size_t rows,
                  size_t k, size_t first, size_t last, uint8_t* dst);
 
-// out[m * out_stride + 8 * p + r] = (row r of panel p) . (row m of x), for p < n_panels and every m < x.rows.
-// Any n_panels: a thread calls it with its own share. Same bits whatever the share, M or ISA.
-// scratch: MatMulScratchBytes() bytes a thread, 64-byte aligned.
+// out[m * out_stride + 8 * p + r] = (row r of panel p) . (row m of x), for p < n_panels and every m
+// < x.rows. Any n_panels: a thread calls it with its own share. Same bits whatever the share, M or
+// ISA. scratch: MatMulScratchBytes() bytes a thread, 64-byte aligned.
 void MatMul(const MatMulTable& table, WeightType type, const uint8_t* panels, size_t n_panels,
             const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 size_t MatMulScratchBytes();

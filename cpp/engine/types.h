@@ -19,8 +19,8 @@ enum class WeightType : uint32_t {
 
 struct TypeInfo {
   WeightType type;
-  const char* name;      // "q4_0", as in GGUF tools, lower case
-  size_t block_values;   // 1 for floats
+  const char* name;     // "q4_0", as in GGUF tools, lower case
+  size_t block_values;  // 1 for floats
   size_t block_bytes;
 };
 

@@ -1,0 +1,59 @@
+#include "engine/matmul.h"
+
+#include "engine/kernels/matmul_table.h"
+
+namespace potluck {
+namespace {
+
+// The largest user is the AVX2 GEMM: codes of 16 rows and their scales for one chunk of K.
+constexpr size_t kScratchBytes = 64 * 1024;
+
+// Index of the group that holds a row of the batch.
+size_t GroupOf(size_t row, size_t rows) {
+  if (rows <= kNarrowRows) return 0;
+  const size_t full = FullGroups(rows);
+  if (row < full * kTileRows) return row / kTileRows;
+  return full + (row - full * kTileRows) / (kTileRows - 1);
+}
+
+}  // namespace
+
+Grain GrainOf(WeightType type) {
+  switch (type) {
+    case WeightType::kF32:
+    case WeightType::kF16:
+    case WeightType::kBF16:
+      return Grain::kFloat;
+    case WeightType::kQ4_0:
+    case WeightType::kQ4_1:
+    case WeightType::kQ8_0:
+      return Grain::kBlock32;
+    case WeightType::kQ6_K:
+      return Grain::kBlock256;
+  }
+  return Grain::kFloat;
+}
+
+size_t PreparedBytes(Grain grain, size_t rows, size_t k) {
+  return (rows * PreparedWords(grain, k) * 4 + 63) / 64 * 64;
+}
+
+bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t stride, size_t rows,
+                 size_t k, size_t first, size_t last, uint8_t* dst) {
+  bool finite = true;
+  for (size_t row = first; row < last; ++row) {
+    const RowGroup group = GroupAt(grain, rows, k, GroupOf(row, rows));
+    finite &= table.prepare(grain, x + row * stride, k, group, row - group.first, dst);
+  }
+  return finite;
+}
+
+void MatMul(const MatMulTable& table, WeightType type, const uint8_t* panels, size_t n_panels,
+            const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch) {
+  if (n_panels == 0 || x.rows == 0) return;
+  table.multiply(type, panels, n_panels, x, out, out_stride, scratch);
+}
+
+size_t MatMulScratchBytes() { return kScratchBytes; }
+
+}  // namespace potluck
