@@ -1,0 +1,51 @@
+#include "engine/config.h"
+
+#include <cmath>
+#include <string>
+
+#include "engine/errors.h"
+
+namespace potluck {
+namespace {
+
+// Far above any model of this architecture, and small enough that no product of two overflows size_t.
+constexpr size_t kMostValues = size_t{1} << 24;
+constexpr size_t kMostLayers = size_t{1} << 16;
+
+void CheckCount(const char* name, size_t value, size_t most) {
+  if (value >= 1 && value <= most) return;
+  throw ModelError(std::string(name) + ": 1 to " + std::to_string(most) + ", not " +
+                   std::to_string(value));
+}
+
+void CheckPositive(const char* name, double value) {
+  if (std::isfinite(value) && value > 0) return;
+  throw ModelError(std::string(name) + ": a positive number, not " + std::to_string(value));
+}
+
+}  // namespace
+
+void Check(const Config& config) {
+  CheckCount("dim", config.dim, kMostValues);
+  CheckCount("n_layers", config.n_layers, kMostLayers);
+  CheckCount("n_heads", config.n_heads, kMostLayers);
+  CheckCount("n_kv_heads", config.n_kv_heads, config.n_heads);
+  CheckCount("head_dim", config.head_dim, kMostLayers);
+  CheckCount("values of all heads", config.QueryDim(), kMostValues);
+  CheckCount("ffn_dim", config.ffn_dim, kMostValues);
+  CheckCount("vocab", config.vocab, kMostValues);
+  // Angles of positions beyond 2^24 would lose precision (canon.h, SinCosDouble).
+  CheckCount("context_tokens", config.context_tokens, kMostValues);
+  CheckCount("rope_dim", config.rope_dim, config.head_dim);
+  if (config.n_heads % config.n_kv_heads != 0) {
+    throw ModelError("n_heads: a multiple of n_kv_heads (" + std::to_string(config.n_kv_heads) +
+                     "), not " + std::to_string(config.n_heads));
+  }
+  if (config.rope_dim % 2 != 0) {
+    throw ModelError("rope_dim: an even number, not " + std::to_string(config.rope_dim));
+  }
+  CheckPositive("norm_eps", config.norm_eps);
+  CheckPositive("rope_theta", config.rope_theta);
+}
+
+}  // namespace potluck

@@ -1,0 +1,105 @@
+// The weights of a span, the KV of its sessions, and one call a step.
+//
+// What bindings.cpp shows to Python, one to one. A mutex lets one thread in at a time; Cancel and progress are for any
+// thread at any time. Nothing here allocates once the largest batch has been seen.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/config.h"
+#include "engine/kernels/table.h"
+#include "engine/pool.h"
+
+namespace potluck {
+
+// Rows of one session in a batch: n_tokens tokens from start_position on; the last want_logits of them want logits.
+struct RowSpan {
+  uint64_t session = 0;
+  size_t start_position = 0;
+  size_t n_tokens = 0;
+  size_t want_logits = 0;
+};
+
+// Which part of a model a shard is.
+struct ShardPart {
+  size_t start = 0;  // layers [start, stop)
+  size_t stop = 0;
+  bool embeds = false;    // takes token ids: holds the embedding
+  bool has_head = false;  // gives logits: holds the last norm and the head
+  size_t kv_bytes = 0;    // budget of the KV pages; whole pages of it are used
+  size_t max_sessions = 256;
+};
+
+// One matrix of the file, or one vector (a single row).
+struct TensorShape {
+  std::string name;  // GGUF's
+  size_t rows;
+  size_t cols;
+};
+
+class Shard {
+ public:
+  // pool and kernels must outlive the shard. ModelError: a config that makes no model. UsageError: a span outside it.
+  Shard(Pool& pool, const KernelTable& kernels, const Config& config, const ShardPart& part);
+  ~Shard();
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+
+  // Every tensor the span needs. Without an output.weight the head is token_embd.weight (tied embeddings): it may be put
+  // in place of it, and a shard that embeds too holds it once.
+  std::vector<TensorShape> Tensors() const;
+
+  // Reads one tensor from a file, slab by slab, into its packed place; the page cache is dropped behind.
+  // ModelError: not in the span, put twice, wrong shape, type not supported, file too short, a value that is not finite.
+  void PutFile(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
+               const std::string& path, uint64_t offset_bytes);
+  // The same from memory: whole rows from first_row on (first_row and their number multiples of 8, but for the last).
+  void Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
+           size_t first_row, const uint8_t* data, size_t size_bytes);
+  // Ends loading. ModelError names a tensor that is missing.
+  void Seal();
+
+  // See kv.h: sessions and their pages.
+  void Open(uint64_t session, size_t max_tokens);
+  void Truncate(uint64_t session, size_t position);
+  void Fork(uint64_t session, uint64_t new_session, size_t max_tokens);
+  void Close(uint64_t session);
+  size_t Length(uint64_t session) const;
+
+  // One step; n is the sum of the rows' n_tokens. input: token ids [n] if the shard embeds, else f32 [n, dim]. output:
+  // f32 [n, dim], or [sum of want_logits, vocab] if it has the head. Counts are in values. Returns the seconds of each
+  // layer, then of the head if it has one. UnknownSession. SessionError: skips positions or beyond the session's room.
+  // Full: a shared page must be copied and none is free. FrameError: a value that is not finite (names layer and session).
+  // UsageError: a token id outside the vocabulary, a session twice, wrong counts, not sealed. Cancelled.
+  // After an error no session has changed its length; rows at or above a start_position are then to be written again.
+  std::vector<double> Forward(const int32_t* input, size_t input_values,
+                              const std::vector<RowSpan>& rows, float* output,
+                              size_t output_values);
+  std::vector<double> Forward(const float* input, size_t input_values,
+                              const std::vector<RowSpan>& rows, float* output,
+                              size_t output_values);
+
+  // Makes a running Forward stop between layers; without one it does nothing.
+  void Cancel();
+  // Phases finished since the shard was made.
+  uint64_t progress() const;
+
+  bool embeds() const;
+  bool has_head() const;
+  const Config& config() const;
+  size_t shard_bytes() const;    // of packed weights
+  size_t scratch_bytes() const;  // of buffers for the largest batch so far
+  size_t kv_bytes() const;       // budget, in whole pages
+  size_t kv_used_bytes() const;  // reserved by open sessions
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace potluck
