@@ -12,6 +12,9 @@ PotluckError
 ├── StepError             step numbers skipped or an epoch that is not loaded
 ├── FrameError            an activation with a wrong checksum, shape, type or a value that is not finite
 ├── Cancelled             by the person, or by a flush
+├── WorkerError           a worker's identity in the fleet
+│   ├── UnknownWorker     not registered (any more); it must register again
+│   └── WorkerExists      another living process uses this id
 ├── Unreachable           nobody answers at an address; what was dialled
 ├── StageLost             a worker is gone; survived inside, seen only when no plan is left
 └── EngineError           the compiled engine is missing, or an ISA this CPU lacks was forced
@@ -71,6 +74,18 @@ class FrameError(PotluckError):
 
 class Cancelled(PotluckError):
     """Work was given up on request."""
+
+
+class WorkerError(PotluckError):
+    """A worker's identity in the fleet."""
+
+
+class UnknownWorker(WorkerError):
+    """No such worker is registered (any more): it must register again."""
+
+
+class WorkerExists(WorkerError):
+    """Another living process uses this worker id."""
 
 
 class Unreachable(PotluckError):

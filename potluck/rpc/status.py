@@ -16,6 +16,8 @@ _TABLE: list[tuple[type[errors.PotluckError], grpc.StatusCode]] = [
     (errors.ContextExceeded, grpc.StatusCode.OUT_OF_RANGE),
     (errors.Full, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.UnknownSession, grpc.StatusCode.NOT_FOUND),
+    (errors.UnknownWorker, grpc.StatusCode.NOT_FOUND),
+    (errors.WorkerExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.PlanError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.SessionError, grpc.StatusCode.FAILED_PRECONDITION),
