@@ -1,9 +1,9 @@
-"""What a GGUF file holds: metadata, and where each tensor lies. Reads the header, never the weights.
+"""What a GGUF file holds: metadata, and where each tensor lies. Reads the header, no weights.
 
-Files are untrusted input: every length, count, type, offset and overlap is checked against the file with
-exact integers before anything is allocated. A refusal is a ModelError that names the file, the place, what
-was found and what was expected. Knows no architecture (that is potluck/model.py), and is the only module
-that knows file offsets. Versions 2 and 3, little-endian; the format: ggml/docs/gguf.md.
+Files are untrusted input: every length, count, type, offset and overlap is checked against the file
+with exact integers before anything is allocated. A refusal is a ModelError that names the file, the
+place, what was found and what was expected. Knows no architecture (that is potluck/model.py), and
+is the only module that knows file offsets. Versions 2 and 3, little-endian; ggml/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What one tensor is and where it lies. `shape` has the slowest dimension first: (rows, cols)."""
+    """What one tensor is and where it lies. `shape`: slowest dimension first, (rows, cols)."""
 
     name: str
     type_name: str  # "q4_0"; potluck/blocks.py has them all
@@ -250,9 +250,7 @@ def _read_tensor(cursor: Cursor, name: str, alignment: int) -> TensorInfo:
     number = cursor.whole("I", what)
     block = BY_NUMBER.get(number)
     if block is None:
-        raise cursor.error(
-            f"{what}: unknown type {number}, expected one of GGUF's", remedy=CUT_SHORT
-        )
+        raise cursor.error(f"{what}: unknown type {number}, the last is {max(BY_NUMBER)}")
     if shape[-1] % block.values:
         expected = f"a multiple of {block.values}, the block of {block.name}"
         raise cursor.error(f"{what}: rows of {shape[-1]:,} values, expected {expected}")
