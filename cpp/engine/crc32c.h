@@ -10,4 +10,7 @@ namespace potluck {
 // is given.
 uint32_t Crc32c(const void* data, size_t n, uint32_t before = 0);
 
+// The same without the CPU's instruction for it, whichever CPU this is.
+uint32_t Crc32cByTables(const void* data, size_t n, uint32_t before = 0);
+
 }  // namespace potluck

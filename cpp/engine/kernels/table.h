@@ -11,7 +11,7 @@ struct MatMulTable;     // kernels/matmul_table.h
 struct VectorTable;     // kernels/vector_table.h
 struct AttentionTable;  // kernels/attention_table.h
 
-// Chosen once, when the engine starts (cpu.h), and passed down; kernels know no model and never
+// Chosen once, when the engine starts (isa.h), and passed down; kernels know no model and never
 // throw or allocate.
 struct KernelTable {
   const char* name;  // "scalar", "avx2"
