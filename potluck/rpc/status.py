@@ -8,6 +8,7 @@ from __future__ import annotations
 import grpc
 
 from potluck import errors
+from potluck.rpc.v1 import types_pb2
 
 _TABLE: list[tuple[type[errors.PotluckError], grpc.StatusCode]] = [
     # The first match counts: children stand before their parents.
@@ -44,7 +45,7 @@ def details_of(error: errors.PotluckError) -> str:
 
 
 def error_of(code: grpc.StatusCode, details: str, address: str) -> errors.PotluckError:
-    """The error a caller raises for a failed call to `address`. Inverse of code_of as far as people care."""
+    """The error a caller raises for a failed call to `address`; undoes code_of, for people."""
     message, _, remedy = details.partition("\n")
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -63,3 +64,35 @@ def error_of(code: grpc.StatusCode, details: str, address: str) -> errors.Potluc
             return errors.Unreachable(f"{address}: {message}", remedy=remedy)
         case _:
             return errors.PotluckError(message or code.name, remedy=remedy)
+
+
+_FAILURES: list[tuple[type[errors.PotluckError], types_pb2.FailureCode.ValueType]] = [
+    # Failures inside a step. The first match counts, as above.
+    (errors.UnknownSession, types_pb2.FAILURE_CODE_UNKNOWN_SESSION),
+    (errors.Full, types_pb2.FAILURE_CODE_FULL),
+    (errors.SessionError, types_pb2.FAILURE_CODE_POSITION),
+    (errors.FrameError, types_pb2.FAILURE_CODE_BAD_FRAME),
+    (errors.FrameError, types_pb2.FAILURE_CODE_NOT_FINITE),
+    (errors.StepError, types_pb2.FAILURE_CODE_GAP),
+    (errors.StepError, types_pb2.FAILURE_CODE_NOT_LOADED),
+    (errors.StageLost, types_pb2.FAILURE_CODE_LINK_LOST),
+    (errors.Unreachable, types_pb2.FAILURE_CODE_LINK_LOST),
+    (errors.Cancelled, types_pb2.FAILURE_CODE_CANCELLED),
+]
+
+
+def failure_code_of(error: errors.PotluckError) -> types_pb2.FailureCode.ValueType:
+    """The code that stands for `error` in a step's failures; INTERNAL if no row matches."""
+    for kind, code in _FAILURES:
+        if isinstance(error, kind):
+            return code
+    return types_pb2.FAILURE_CODE_INTERNAL
+
+
+def error_of_failure(failure: types_pb2.Failure) -> errors.PotluckError:
+    """The error that a failed session ends with; it names the worker that says so."""
+    message = f"worker {failure.worker}: {failure.message}"
+    for kind, code in _FAILURES:
+        if code == failure.code:
+            return kind(message)
+    return errors.PotluckError(message)
