@@ -8,7 +8,8 @@
 namespace potluck {
 namespace {
 
-// Far above any model of this architecture, and small enough that no product of two overflows size_t.
+// Far above any model of this architecture, and small enough that no product of two overflows
+// size_t.
 constexpr size_t kMostValues = size_t{1} << 24;
 constexpr size_t kMostLayers = size_t{1} << 16;
 

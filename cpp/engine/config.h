@@ -1,6 +1,7 @@
 // What the engine must know of a model: sizes, the norm's epsilon, how heads are rotated.
 //
-// A plain value, checked once by Check and trusted afterwards. It says nothing of files and weight types.
+// A plain value, checked once by Check and trusted afterwards. It says nothing of files and weight
+// types.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +20,8 @@ struct Config {
   double norm_eps = 0;        // of the RMS norms
   double rope_theta = 0;      // base of the rotary embedding
   size_t rope_dim = 0;        // leading values of a head that are rotated; even, at most head_dim
-  bool rope_interleaved = false;  // the file's Q and K rows hold rotary pairs side by side (LLaMA's GGUF)
+  bool rope_interleaved =
+      false;  // the file's Q and K rows hold rotary pairs side by side (LLaMA's GGUF)
 
   size_t QueryDim() const { return n_heads * head_dim; }
   size_t KvDim() const { return n_kv_heads * head_dim; }

@@ -1,7 +1,8 @@
 // The weights of a span, the KV of its sessions, and one call a step.
 //
-// What bindings.cpp shows to Python, one to one. A mutex lets one thread in at a time; Cancel and progress are for any
-// thread at any time. Nothing here allocates once the largest batch has been seen.
+// What bindings.cpp shows to Python, one to one. A mutex lets one thread in at a time; Cancel and
+// progress are for any thread at any time. Nothing here allocates once the largest batch has been
+// seen.
 #pragma once
 
 #include <atomic>
@@ -17,7 +18,8 @@
 
 namespace potluck {
 
-// Rows of one session in a batch: n_tokens tokens from start_position on; the last want_logits of them want logits.
+// Rows of one session in a batch: n_tokens tokens from start_position on; the last want_logits of
+// them want logits.
 struct RowSpan {
   uint64_t session = 0;
   size_t start_position = 0;
@@ -44,21 +46,24 @@ struct TensorShape {
 
 class Shard {
  public:
-  // pool and kernels must outlive the shard. ModelError: a config that makes no model. UsageError: a span outside it.
+  // pool and kernels must outlive the shard. ModelError: a config that makes no model. UsageError:
+  // a span outside it.
   Shard(Pool& pool, const KernelTable& kernels, const Config& config, const ShardPart& part);
   ~Shard();
   Shard(const Shard&) = delete;
   Shard& operator=(const Shard&) = delete;
 
-  // Every tensor the span needs. Without an output.weight the head is token_embd.weight (tied embeddings): it may be put
-  // in place of it, and a shard that embeds too holds it once.
+  // Every tensor the span needs. Without an output.weight the head is token_embd.weight (tied
+  // embeddings): it may be put in place of it, and a shard that embeds too holds it once.
   std::vector<TensorShape> Tensors() const;
 
-  // Reads one tensor from a file, slab by slab, into its packed place; the page cache is dropped behind.
-  // ModelError: not in the span, put twice, wrong shape, type not supported, file too short, a value that is not finite.
+  // Reads one tensor from a file, slab by slab, into its packed place; the page cache is dropped
+  // behind. ModelError: not in the span, put twice, wrong shape, type not supported, file too
+  // short, a value that is not finite.
   void PutFile(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
                const std::string& path, uint64_t offset_bytes);
-  // The same from memory: whole rows from first_row on (first_row and their number multiples of 8, but for the last).
+  // The same from memory: whole rows from first_row on (first_row and their number multiples of 8,
+  // but for the last).
   void Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
            size_t first_row, const uint8_t* data, size_t size_bytes);
   // Ends loading. ModelError names a tensor that is missing.
@@ -71,12 +76,14 @@ class Shard {
   void Close(uint64_t session);
   size_t Length(uint64_t session) const;
 
-  // One step; n is the sum of the rows' n_tokens. input: token ids [n] if the shard embeds, else f32 [n, dim]. output:
-  // f32 [n, dim], or [sum of want_logits, vocab] if it has the head. Counts are in values. Returns the seconds of each
-  // layer, then of the head if it has one. UnknownSession. SessionError: skips positions or beyond the session's room.
-  // Full: a shared page must be copied and none is free. FrameError: a value that is not finite (names layer and session).
-  // UsageError: a token id outside the vocabulary, a session twice, wrong counts, not sealed. Cancelled.
-  // After an error no session has changed its length; rows at or above a start_position are then to be written again.
+  // One step; n is the sum of the rows' n_tokens. input: token ids [n] if the shard embeds, else
+  // f32 [n, dim]. output: f32 [n, dim], or [sum of want_logits, vocab] if it has the head. Counts
+  // are in values. Returns the seconds of each layer, then of the head if it has one.
+  // UnknownSession. SessionError: skips positions or beyond the session's room. Full: a shared page
+  // must be copied and none is free. FrameError: a value that is not finite (names layer and
+  // session). UsageError: a token id outside the vocabulary, a session twice, wrong counts, not
+  // sealed. Cancelled. After an error no session has changed its length; rows at or above a
+  // start_position are then to be written again.
   std::vector<double> Forward(const int32_t* input, size_t input_values,
                               const std::vector<RowSpan>& rows, float* output,
                               size_t output_values);
