@@ -78,6 +78,7 @@ _FAILURES: list[tuple[type[errors.PotluckError], types_pb2.FailureCode.ValueType
     (errors.StageLost, types_pb2.FAILURE_CODE_LINK_LOST),
     (errors.Unreachable, types_pb2.FAILURE_CODE_LINK_LOST),
     (errors.Cancelled, types_pb2.FAILURE_CODE_CANCELLED),
+    (errors.UsageError, types_pb2.FAILURE_CODE_INVALID),
 ]
 
 

@@ -74,6 +74,8 @@ class _FailureCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureCo
     """the worker holds no shard of this epoch"""
     FAILURE_CODE_INTERNAL: _FailureCode.ValueType  # 10
     """a defect; the worker's log has the traceback"""
+    FAILURE_CODE_INVALID: _FailureCode.ValueType  # 11
+    """a value outside its range: no tokens, epoch 0, an id outside the vocabulary"""
 
 class FailureCode(_FailureCode, metaclass=_FailureCodeEnumTypeWrapper):
     """Why rows, or a whole step, could not be computed. One table in potluck/rpc/status.py maps it to errors."""
@@ -99,6 +101,8 @@ FAILURE_CODE_NOT_LOADED: FailureCode.ValueType  # 9
 """the worker holds no shard of this epoch"""
 FAILURE_CODE_INTERNAL: FailureCode.ValueType  # 10
 """a defect; the worker's log has the traceback"""
+FAILURE_CODE_INVALID: FailureCode.ValueType  # 11
+"""a value outside its range: no tokens, epoch 0, an id outside the vocabulary"""
 Global___FailureCode: _TypeAlias = FailureCode  # noqa: Y015
 
 @_typing.final
