@@ -1,0 +1,79 @@
+#include "engine/isa.h"
+
+#include <array>
+#include <cstdlib>
+
+#include "engine/errors.h"
+#include "engine/kernels/attention_table.h"
+#include "engine/kernels/matmul_table.h"
+#include "engine/kernels/vector_table.h"
+
+namespace potluck {
+namespace {
+
+bool RunsScalar() { return true; }
+
+#if defined(POTLUCK_X86)
+// The compiler's detection asks the system too whether it saves the wide registers.
+bool RunsAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
+struct Isa {
+  KernelTable table;
+  bool (*runs_here)();
+};
+
+// All that are compiled in, the better the later.
+const auto& Isas() {
+  static const auto isas = std::array{
+      Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()}, RunsScalar},
+#if defined(POTLUCK_X86)
+      Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
+#endif
+  };
+  return isas;
+}
+
+std::string Joined(const std::vector<std::string>& names) {
+  std::string all;
+  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> CompiledIsas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : Isas()) names.emplace_back(isa.table.name);
+  return names;
+}
+
+std::vector<std::string> AvailableIsas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : Isas())
+    if (isa.runs_here()) names.emplace_back(isa.table.name);
+  return names;
+}
+
+const KernelTable& ChooseTable(std::string_view isa) {
+  std::string wanted(isa);
+  const char* forced = std::getenv("POTLUCK_ISA");
+  const bool obeys = wanted == "auto" && forced != nullptr && *forced != '\0';
+  if (obeys) wanted = forced;
+  const std::string source = obeys ? "POTLUCK_ISA=" : "isa ";
+  if (wanted == "auto") wanted = AvailableIsas().back();
+  for (const Isa& known : Isas()) {
+    if (wanted != known.table.name) continue;
+    if (known.runs_here()) return known.table;
+    throw EngineError(source + wanted + ": this CPU lacks it",
+                      "use one of: auto, " + Joined(AvailableIsas()));
+  }
+  throw EngineError(source + wanted + ": there is no such instruction set here; compiled in are " +
+                        Joined(CompiledIsas()),
+                    "use one of: auto, " + Joined(AvailableIsas()));
+}
+
+}  // namespace potluck
