@@ -1,0 +1,114 @@
+"""Tiny models of the LLaMA architecture with a real vocabulary and seeded random weights.
+
+Any dimensions, so that tests meet odd sizes; the same shape and seed give the same bytes. Weights
+are scaled so that attention is far from uniform and logits spread over several units: a model whose
+layers did next to nothing would pass every comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from potluck.testing.quantize import F32, quantize
+from potluck.testing.vocabulary import vocabulary
+from potluck.testing.writer import Metadata, Tensor, write_gguf
+
+
+@dataclass(frozen=True, slots=True)
+class TinyShape:
+    """What a tiny model is. Columns must be multiples of the block of their types: 32, q6_k 256."""
+
+    weight_type: str = "q4_0"
+    dim: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 16
+    ffn_dim: int = 96
+    vocab: int = 421  # odd: the last panel of 8 rows is not full
+    context_tokens: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_dim: int = 0  # 0: head_dim
+    tied: bool = False
+    embedding_type: str = ""  # of embedding and head; "": weight_type
+    vocabulary: str = "bpe"  # or "spm", or "" for none
+    seed: int = 1
+
+
+def write_tiny(
+    path: Path, shape: TinyShape | None = None, *, changes: Mapping[str, int | bytes] | None = None
+) -> Path:
+    """Writes the model and returns `path`. `changes` damage it, as in writer.overwritten."""
+    shape = shape or TinyShape()
+    return write_gguf(path, tiny_metadata(shape), tiny_tensors(shape), changes=changes)
+
+
+def tiny_metadata(shape: TinyShape) -> list[tuple[str, Metadata]]:
+    """The header's pairs, in the order that converters write them."""
+    pairs: list[tuple[str, Metadata]] = [
+        ("general.architecture", "llama"),
+        ("general.name", f"tiny {shape.weight_type} {shape.seed}"),
+        ("llama.block_count", shape.n_layers),
+        ("llama.context_length", shape.context_tokens),
+        ("llama.embedding_length", shape.dim),
+        ("llama.feed_forward_length", shape.ffn_dim),
+        ("llama.attention.head_count", shape.n_heads),
+        ("llama.attention.head_count_kv", shape.n_kv_heads),
+        ("llama.attention.layer_norm_rms_epsilon", shape.norm_eps),
+        ("llama.rope.freq_base", shape.rope_theta),
+        ("llama.rope.dimension_count", shape.rope_dim or shape.head_dim),
+        ("llama.vocab_size", shape.vocab),
+    ]
+    if shape.head_dim * shape.n_heads != shape.dim:
+        pairs.append(("llama.attention.key_length", shape.head_dim))
+        pairs.append(("llama.attention.value_length", shape.head_dim))
+    if shape.vocabulary:
+        pairs += vocabulary(shape.vocabulary, shape.vocab)
+    return pairs
+
+
+def tiny_tensors(shape: TinyShape) -> list[Tensor]:
+    """All tensors, quantized. Raises ValueError if a type does not fit its columns."""
+    random = np.random.default_rng(shape.seed)
+    q_dim, kv_dim = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    embedding_type = shape.embedding_type or shape.weight_type
+
+    def matrix(name: str, rows: int, cols: int, gain: float, type_name: str = "") -> Tensor:
+        values = random.normal(0, gain / np.sqrt(cols), (rows, cols)).astype(np.float32)
+        return _tensor(name, values, type_name or shape.weight_type)
+
+    def norm(name: str) -> Tensor:
+        return _tensor(name, random.normal(1, 0.2, shape.dim).astype(np.float32), "f32")
+
+    # Values of about 0.5: what a layer adds weighs as much as the embedding.
+    embedding_gain = 0.5 * np.sqrt(shape.dim)
+    tensors = [matrix("token_embd.weight", shape.vocab, shape.dim, embedding_gain, embedding_type)]
+    for layer in range(shape.n_layers):
+        at = f"blk.{layer}"
+        tensors += [
+            norm(f"{at}.attn_norm.weight"),
+            matrix(f"{at}.attn_q.weight", q_dim, shape.dim, 1.5),
+            matrix(f"{at}.attn_k.weight", kv_dim, shape.dim, 1.5),
+            matrix(f"{at}.attn_v.weight", kv_dim, shape.dim, 1.0),
+            matrix(f"{at}.attn_output.weight", shape.dim, q_dim, 1.0),
+            norm(f"{at}.ffn_norm.weight"),
+            matrix(f"{at}.ffn_gate.weight", shape.ffn_dim, shape.dim, 1.0),
+            matrix(f"{at}.ffn_up.weight", shape.ffn_dim, shape.dim, 1.0),
+            matrix(f"{at}.ffn_down.weight", shape.dim, shape.ffn_dim, 1.0),
+        ]
+    tensors.append(norm("output_norm.weight"))
+    if not shape.tied:
+        tensors.append(matrix("output.weight", shape.vocab, shape.dim, 3.0, embedding_type))
+    return tensors
+
+
+def _tensor(name: str, values: F32, type_name: str) -> Tensor:
+    # Neighbours once tested their kernels on "random" inputs that were one constant.
+    if len(np.unique(values)) < values.size // 2:
+        raise AssertionError(f"{name}: the random weights do not vary")
+    return Tensor(name, type_name, values.shape, quantize(values, type_name))
