@@ -174,6 +174,8 @@ float FloatAt(WeightType type, const uint8_t* panel, size_t index) {
 
 }  // namespace
 
+size_t RecordBlocks(size_t k) { return k % 128 == 0 ? 4 : k % 64 == 0 ? 2 : 1; }
+
 size_t PanelBytes(WeightType type, size_t k) { return kPanelRows * RowBytes(type, k); }
 
 size_t PackedBytes(WeightType type, size_t n, size_t k) {

@@ -20,7 +20,7 @@
 namespace potluck {
 
 // Blocks of 32 in one record of a panel with rows of k values.
-constexpr size_t RecordBlocks(size_t k) { return k % 128 == 0 ? 4 : k % 64 == 0 ? 2 : 1; }
+size_t RecordBlocks(size_t k);
 
 // Bytes of one panel (8 rows of k values) and of a whole matrix [n, k]; the last panel is padded
 // with zeros.
