@@ -18,6 +18,7 @@ DECISIONS = [
     "coordinator.chat",
     "worker.kv",
     "worker.sessions",
+    "worker.steps",
     "potluck.errors",
     "potluck.plan",
     "potluck.sampling",
@@ -31,6 +32,7 @@ MAY_IMPORT_GRPC = {
     "coordinator/__main__.py",
     "worker/server.py",
     "worker/link.py",
+    "worker/membership.py",
     "worker/__main__.py",
 }
 
