@@ -12,7 +12,7 @@
 
 namespace potluck {
 
-struct MatMulTable;  // kernels/table.h: the inner loops of one ISA
+struct MatMulTable;  // kernels/matmul_table.h: the inner loops of one ISA
 
 // How activations are prepared for a weight type.
 enum class Grain {
@@ -36,7 +36,8 @@ constexpr size_t kPrepareGroup = 4;
 
 // Prepares rows [first, last) of x ([rows, k], row r at x + r * stride) into dst, the buffer of all
 // `rows` rows. first is a multiple of kPrepareGroup, last is too or equals rows. False: a value is
-// NaN or infinite. Source of the arithmetic: canonical arithmetic, step 1 (kernels/scalar.cpp).
+// NaN or infinite. Source of the arithmetic: canonical arithmetic, step 1
+// (kernels/scalar_matmul.cpp).
 bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t stride, size_t rows,
                  size_t k, size_t first, size_t last, uint8_t* dst);
 
@@ -46,5 +47,8 @@ bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t s
 void MatMul(const MatMulTable& table, WeightType type, const uint8_t* panels, size_t n_panels,
             const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 size_t MatMulScratchBytes();
+
+// Kernels are fastest on multiples of so many panels: hand out shares in these units.
+constexpr size_t kPanelsAtOnce = 4;
 
 }  // namespace potluck

@@ -1,0 +1,122 @@
+#include "engine/bench.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/errors.h"
+#include "engine/matmul.h"
+#include "engine/pack.h"
+
+namespace potluck {
+namespace {
+
+constexpr size_t kAllCopiesBytes = size_t{256} << 20;
+// Bytes of panels that a thread takes at once: small beside a share, large beside the cost of
+// taking it.
+constexpr size_t kPieceBytes = size_t{64} << 10;
+
+struct Free {
+  void operator()(uint8_t* bytes) const { std::free(bytes); }
+};
+using Buffer = std::unique_ptr<uint8_t, Free>;
+
+Buffer Allocate(size_t bytes) {
+  Buffer buffer(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  if (buffer == nullptr) throw std::bad_alloc();
+  return buffer;
+}
+
+// Where a block of the file's layout holds its f16 scale; its other bytes may be anything.
+size_t ScaleOffset(WeightType type) { return type == WeightType::kQ6_K ? 208 : 0; }
+
+// One panel of random codes with modest scales.
+void FillPanel(WeightType type, size_t k, std::mt19937& random, uint8_t* panel) {
+  const TypeInfo& info = InfoOf(type);
+  std::vector<uint8_t> file(kPanelRows * RowBytes(type, k));
+  for (uint8_t& byte : file) byte = static_cast<uint8_t>(random() >> 24);
+  for (size_t at = 0; at < file.size(); at += info.block_bytes) {
+    const float value = static_cast<float>(random() % 1000 + 1) * 1e-4f;
+    const uint16_t half = FloatToHalf(value);
+    if (type == WeightType::kF32) {
+      std::memcpy(&file[at], &value, sizeof value);
+    } else if (type == WeightType::kBF16) {
+      file[at + 1] = 0x3c;  // about 0.01
+    } else {
+      std::memcpy(&file[at + ScaleOffset(type)], &half, sizeof half);
+    }
+    if (type == WeightType::kQ4_1) std::memcpy(&file[at + 2], &half, sizeof half);
+  }
+  const uint8_t* rows[kPanelRows];
+  for (size_t r = 0; r < kPanelRows; ++r) rows[r] = file.data() + r * RowBytes(type, k);
+  PackPanel(type, rows, k, panel);
+}
+
+void CheckSizes(WeightType type, size_t n, size_t k, size_t batch, size_t rounds) {
+  const TypeInfo& info = InfoOf(type);
+  if (n == 0 || k == 0 || batch == 0 || rounds == 0)
+    throw UsageError("a benchmark needs sizes above 0");
+  if (k % info.block_values != 0) {
+    throw UsageError(std::to_string(k) + " columns: " + info.name + " needs a multiple of " +
+                     std::to_string(info.block_values));
+  }
+}
+
+}  // namespace
+
+double BenchmarkMatMul(Pool& pool, const MatMulTable& table, WeightType type, size_t n, size_t k,
+                       size_t batch, size_t rounds) {
+  CheckSizes(type, n, k, batch, rounds);
+  const size_t n_panels = (n + kPanelRows - 1) / kPanelRows;
+  const size_t panel_bytes = PanelBytes(type, k);
+  const size_t copies = kAllCopiesBytes / (n_panels * panel_bytes) + 1;
+  const Buffer weights = Allocate(copies * n_panels * panel_bytes);
+  std::mt19937 random(7);
+  const size_t different = std::min<size_t>(n_panels, 64);
+  for (size_t p = 0; p < copies * n_panels; ++p) {
+    uint8_t* panel = weights.get() + p * panel_bytes;
+    if (p < different) {
+      FillPanel(type, k, random, panel);
+    } else {
+      std::memcpy(panel, weights.get() + p % different * panel_bytes, panel_bytes);
+    }
+  }
+
+  std::vector<float> x(batch * k);
+  for (float& value : x) value = static_cast<float>(random() % 2001) * 1e-3f - 1.0f;
+  const Grain grain = GrainOf(type);
+  const Buffer prepared = Allocate(PreparedBytes(grain, batch, k));
+  PrepareRows(table, grain, x.data(), k, batch, k, 0, batch, prepared.get());
+  const PreparedRows rows = {grain, batch, k, prepared.get()};
+  const size_t stride = n_panels * kPanelRows;
+  std::vector<float> out(batch * stride);
+  const Buffer scratch = Allocate(pool.threads() * MatMulScratchBytes());
+
+  const size_t pieces = (n_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  const size_t grain_pieces = std::max<size_t>(1, kPieceBytes / (panel_bytes * kPanelsAtOnce));
+  std::vector<double> seconds(rounds);
+  for (size_t round = 0; round < rounds; ++round) {
+    const uint8_t* panels = weights.get() + round % copies * n_panels * panel_bytes;
+    const auto start = std::chrono::steady_clock::now();
+    pool.Run(pieces, grain_pieces, [&](size_t thread, size_t first, size_t last) {
+      const size_t begin = first * kPanelsAtOnce;
+      const size_t end = std::min(n_panels, last * kPanelsAtOnce);
+      MatMul(table, type, panels + begin * panel_bytes, end - begin, rows,
+             out.data() + begin * kPanelRows, stride,
+             scratch.get() + thread * MatMulScratchBytes());
+    });
+    seconds[round] =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + static_cast<std::ptrdiff_t>(rounds / 2),
+                   seconds.end());
+  return seconds[rounds / 2];
+}
+
+}  // namespace potluck
