@@ -1,9 +1,9 @@
-"""What a stage boundary costs: real clusters of 1 to N workers on this machine, one session, greedy.
+"""What a stage boundary costs: real clusters of 1 to N workers here, one session, greedy.
 
-Clusters of all sizes run at once and take turns, so that the machine's drift hits all alike. Printed
-per size: milliseconds a token; per stage the medians of compute, serialise, wire and wait; and what
-one more link adds, once as the sum of the stage's own figures and once as the difference of whole
-token times.
+Clusters of all sizes run at once and take turns, so that the machine's drift hits all alike.
+Printed per size: milliseconds a token; per stage the medians of compute, serialise, wire and wait;
+and what one more link adds, once as the sum of the stage's own figures and once as the difference
+of whole token times.
 """
 
 from __future__ import annotations
