@@ -1,0 +1,54 @@
+"""Make this machine a worker of a cluster: becomes `potluck-worker` with the same options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from potluck.cli import programs, running, values
+
+HELP = "Make this machine a worker of a cluster"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `potluck join`: those of potluck-worker."""
+    parser.add_argument("coordinator", metavar="HOST:PORT", help="what `potluck serve` printed")
+    parser.add_argument("--token", metavar="T", help="the join token; not needed on one machine")
+    parser.add_argument("--name", metavar="ID", help="this worker's name (default: the machine's)")
+    parser.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=values.whole(0, 65535), metavar="P", help="0: any free one")
+    add_machine_options(parser)
+    parser.add_argument("--log-level", metavar="L", help="debug, info, warning or error")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """What of this machine a worker may use."""
+    parser.add_argument(
+        "--threads",
+        type=values.whole(1, 1024),
+        default=values.from_environment("THREADS"),
+        metavar="N",
+        help="threads of the engine (default: POTLUCK_THREADS, else all cores)",
+    )
+    parser.add_argument(
+        "--isa", metavar="NAME", help="kernels (default: POTLUCK_ISA, else the best)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=values.size_bytes,
+        metavar="SIZE",
+        help="memory it may use, such as '2 GiB' (default: what is free)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does not return: the worker takes this process over, and its exit code is ours."""
+    command = [
+        programs.path_of("potluck-worker"),
+        *("--coordinator", running.with_port(args.coordinator)),
+        *programs.options(args, "token", "name", "host", "port", "threads", "isa", "memory"),
+        *programs.options(args, "log_level"),
+    ]
+    sys.stdout.flush()
+    os.execv(command[0], command)

@@ -1,0 +1,128 @@
+"""Serve a model: starts the coordinator and local workers, waits for others, keeps all running."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+from pathlib import Path
+
+from potluck.cli import fetching, programs, running, terminal, values
+from potluck.cli.cluster import ClusterSettings, LocalCluster
+from potluck.cli.join import add_machine_options
+from potluck.cli.stopping import StopSignals
+from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
+
+HELP = "Serve a model, on this machine or with others"
+EXAMPLE = "The capital of France is"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `potluck serve`."""
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or a name (`potluck list`)")
+    parser.add_argument(
+        "--local-workers",
+        type=values.whole(0, 64),
+        default=0,
+        metavar="N",
+        help="start N workers on this machine; ports not asked for are then any free ones",
+    )
+    parser.add_argument(
+        "--workers",
+        type=values.whole(1, 256),
+        metavar="N",
+        help="workers to wait for, local ones included (default: the local ones, or 1)",
+    )
+    parser.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
+    port = values.whole(0, 65535)
+    parser.add_argument(
+        "--grpc-port", type=port, metavar="P", help=f"for people (default {DEFAULT_GRPC_PORT})"
+    )
+    parser.add_argument(
+        "--fleet-port", type=port, metavar="P", help=f"for workers (default {DEFAULT_FLEET_PORT})"
+    )
+    parser.add_argument(
+        "--context", type=values.whole(1), metavar="N", help="tokens a session may have"
+    )
+    parser.add_argument(
+        "--prefill-chunk", type=values.whole(1, 512), metavar="N", help="tokens of a prompt a step"
+    )
+    parser.add_argument("--max-sessions", type=values.whole(1), metavar="N", help="answers at once")
+    parser.add_argument("--queue", type=values.whole(0), metavar="N", help="requests that may wait")
+    add_machine_options(parser)
+    parser.add_argument("--log-level", metavar="L", help="debug, info, warning or error")
+    parser.add_argument("--json", action="store_true", help="print one JSON line when it serves")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is stopped. 0 after Ctrl-C or SIGTERM, 130 if it did not serve yet."""
+    path = fetching.bring(args.model)
+    try:
+        return asyncio.run(_serve(settings_of(args, path), args.model, as_json=args.json))
+    except asyncio.CancelledError:  # a second signal while it drained
+        return 130
+
+
+def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
+    """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
+    is_name = "/" not in args.model and not Path(args.model).exists()
+    names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
+    if args.local_workers:
+        args.grpc_port = args.grpc_port or 0
+        args.fleet_port = args.fleet_port or 0
+    return ClusterSettings(
+        model=args.model if is_name else str(path.absolute()),
+        local_workers=args.local_workers,
+        workers=args.workers or args.local_workers or 1,
+        coordinator_options=tuple(programs.options(args, *names, "queue", "log_level")),
+        worker_options=tuple(programs.options(args, "threads", "isa", "memory", "log_level")),
+    )
+
+
+async def _serve(settings: ClusterSettings, name: str, *, as_json: bool) -> int:
+    from potluck.client import Client
+
+    cluster = LocalCluster(settings)
+    served = False
+    with StopSignals() as signals:
+        try:
+            await cluster.start()
+            here = running.RunningCluster(os.getpid(), cluster.address, name)
+            with running.announced(here):
+                async with Client(cluster.address) as client:
+                    _tell_how_to_join(cluster)
+                    with terminal.board() as board:
+                        await cluster.until_serving(client, board)
+                    served = True
+                    _tell_ready(cluster, name, as_json=as_json)
+                    await cluster.keep(client)
+        except asyncio.CancelledError:
+            if not signals.received:
+                raise
+            terminal.note("stopping; again to stop at once")
+        finally:
+            await cluster.stop()
+    return 0 if served or not signals.interrupted else 130
+
+
+def _tell_how_to_join(cluster: LocalCluster) -> None:
+    missing = cluster.settings.workers - cluster.settings.local_workers
+    if missing > 0:
+        terminal.note(f"waiting for {missing} more; on each machine run")
+        terminal.note(f"  potluck join {cluster.address}")
+
+
+def _tell_ready(cluster: LocalCluster, name: str, *, as_json: bool) -> None:
+    if as_json:
+        ready = {
+            "model": name,
+            "address": cluster.address,
+            "pids": {"serve": os.getpid(), **cluster.pids},
+        }
+        print(json.dumps(ready), flush=True)
+        return
+    terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it")
+    terminal.note(f"  potluck chat --connect {cluster.address}")
+    terminal.note(f"  potluck generate --connect {cluster.address} {shlex.quote(EXAMPLE)}")

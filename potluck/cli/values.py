@@ -1,0 +1,69 @@
+"""Values of options: `type=` functions for argparse that check ranges and say them.
+
+What is refused here ends with exit code 2 before anything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable
+
+_UNITS = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_UNITS |= {f"{u}b": f for u, f in _UNITS.items() if u not in ("", "b")}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number of at least `low`, and at most `high` if there is one."""
+    wanted = f"{low} to {high}" if high is not None else f"{low} or more"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"a whole number, not {text!r}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{wanted}, not {text}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """A number from `low` (above it, if `above`) to `high`; never NaN or infinite."""
+    wanted = f"above {low:g}, at most {high:g}" if above else f"{low:g} to {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{wanted}, not {text}")
+        return value
+
+    return parse
+
+
+def stop_text(text: str) -> str:
+    """A text that ends an answer: 1 to 128 bytes."""
+    if not 1 <= len(text.encode("utf-8", "surrogateescape")) <= 128:
+        raise argparse.ArgumentTypeError("a text of 1 to 128 bytes")
+    return text
+
+
+def size_bytes(text: str) -> int:
+    """Bytes: "500000000", "2 GiB", "1.5GB". Raises ArgumentTypeError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if not found or unit is None or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"bytes or a size such as '2 GiB', not {text!r}")
+    return round(float(found[1]) * unit)
+
+
+def from_environment(name: str) -> str | None:
+    """POTLUCK_<name>, as an option's default: argparse takes it through the option's `type=`."""
+    return os.environ.get(f"POTLUCK_{name}") or None
