@@ -52,9 +52,12 @@ namespace {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
 
-// sum + products of adjacent bytes, w unsigned, x signed, in pairs; wraps.
+// sum + products of adjacent bytes, w unsigned, x signed, in pairs; wraps. The empty statement keeps the
+// sum in one register: gcc otherwise collects the products of a block, adds them as a tree and spills.
 [[maybe_unused]] inline __m256i AddProducts(__m256i sum, __m256i w, __m256i x) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  asm("" : "+x"(sum));
+  return sum;
 }
 
 // Pairs of int16 lanes, summed, as floats.

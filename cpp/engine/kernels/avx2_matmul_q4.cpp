@@ -35,7 +35,7 @@ PanelShape ShapeOf(size_t k) {
 
 // One panel times the R rows of a group, in one pass over the panel.
 template <bool kHasMin, int R>
-void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel, const uint8_t* data,
+__attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel, const uint8_t* data,
                     const RowGroup& group, float* out, size_t out_stride) {
   const __m256i low = _mm256_set1_epi8(15);
   const uint8_t* x = data + group.codes;
@@ -155,7 +155,7 @@ inline void AddBlock(float* c, __m256i sum, const float* d, const float* da, con
 // out[S rows][16] += a chunk of two panels times a group of S rows; named sums, for gcc spills an
 // array of them.
 template <bool kHasMin, int S>
-void AddTile(const Chunk& chunk, size_t blocks, size_t first, const uint8_t* data,
+__attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t first, const uint8_t* data,
              const RowGroup& group, float* out, size_t out_stride) {
   const uint8_t* w = chunk.codes;
   const uint8_t* x = data + group.codes + first * 32 * S;
