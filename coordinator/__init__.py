@@ -1,0 +1,4 @@
+"""The coordinator program: takes requests, decides, holds no weights.
+
+Nothing outside tests imports it.
+"""

@@ -1,0 +1,63 @@
+"""The model that is served: its file, shape, sizes and vocabulary.
+
+`open_model` reads files and computes for a second: call it in a thread, once, at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.config import DEFAULT_CONTEXT_TOKENS, ROWS_LIMIT
+from coordinator.planner import ModelSizes, sizes_of
+from coordinator.scheduler import rows_that_fit
+from potluck import catalogue, gguf, tokenizer
+from potluck.errors import UsageError
+from potluck.model import ModelConfig, config_of
+from potluck.rpc import options
+from potluck.rpc.v1 import types_pb2
+from potluck.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Everything that does not change while the coordinator runs."""
+
+    name: str
+    reference: types_pb2.ModelReference
+    config: ModelConfig
+    sizes: ModelSizes
+    tokenizer: Tokenizer
+    context_tokens: int  # of this service
+    step_tokens: int  # most rows of a step: the limit, and what a message holds
+
+
+def open_model(model: str, context_tokens: int) -> ServedModel:
+    """Opens a path or a catalogue name; `context_tokens` 0: the default, or the model's if shorter.
+
+    Raises UnknownModel, ModelError, UsageError (a context longer than the model's).
+    """
+    path = catalogue.resolve(model)
+    file = gguf.read(path)
+    config = config_of(file)
+    if context_tokens > config.context_tokens:
+        raise UsageError(
+            f"--context {context_tokens}: {config.name} was trained for {config.context_tokens}",
+            remedy=f"use --context {config.context_tokens} or less",
+        )
+    fit = rows_that_fit(config.dim, options.MESSAGE_BYTES - options.ENVELOPE_BYTES)
+    step_tokens = min(ROWS_LIMIT, fit)
+    name = path.stem if model == str(path) or model.endswith(".gguf") else model
+    return ServedModel(
+        name=name,
+        reference=types_pb2.ModelReference(
+            name=name,
+            path=str(path.resolve()),
+            size_bytes=file.size_bytes,
+            header_sha256=file.header_sha256,
+        ),
+        config=config,
+        sizes=sizes_of(file, config, step_tokens),
+        tokenizer=tokenizer.load(file),
+        context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.context_tokens),
+        step_tokens=step_tokens,
+    )
