@@ -1,0 +1,201 @@
+// The engine's Python face (potluck/_engine.pyi is the contract). Knows no arithmetic: it checks
+// buffers while it holds the GIL, gives the GIL away inside each call that computes, waits or reads
+// a file, and turns the engine's errors into those of potluck.errors.
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/bench.h"
+#include "engine/config.h"
+#include "engine/cpu.h"
+#include "engine/crc32c.h"
+#include "engine/errors.h"
+#include "engine/isa.h"
+#include "engine/pool.h"
+#include "engine/probe.h"
+#include "engine/product.h"
+#include "engine/types.h"
+#include "engine/vector.h"
+#include "python_buffers.h"
+
+namespace py = pybind11;
+
+namespace potluck {
+namespace {
+
+// Calls the engine without the GIL, under the float rules that its answers assume.
+template <class Call>
+auto WithoutGil(const Call& call) {
+  const py::gil_scoped_release released;
+  const FloatRules rules;
+  return call();
+}
+
+// Kernel table and threads, shared by the shards of a process.
+struct Engine {
+  Engine(size_t threads, const std::string& isa)
+      : kernels(ChooseTable(isa)), pool(threads == 0 ? AllowedCpus() : threads) {}
+  const KernelTable& kernels;
+  Pool pool;
+};
+
+// Found at import, so that a class that is missing shows then.
+const py::module_& PythonErrors() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::module_> errors;
+  return errors.call_once_and_store_result([] { return py::module_::import("potluck.errors"); })
+      .get_stored();
+}
+
+void SetError(const char* name, const Error& error) {
+  using namespace py::literals;
+  const py::object type = PythonErrors().attr(name);
+  const py::object value = type(error.what(), "remedy"_a = error.remedy());
+  PyErr_SetObject(type.ptr(), value.ptr());
+}
+
+void Translate(std::exception_ptr thrown) {
+  try {
+    std::rethrow_exception(std::move(thrown));
+  } catch (const UnknownSession& error) {
+    SetError("UnknownSession", error);
+  } catch (const Full& error) {
+    SetError("Full", error);
+  } catch (const SessionError& error) {
+    SetError("SessionError", error);
+  } catch (const ModelError& error) {
+    SetError("ModelError", error);
+  } catch (const FrameError& error) {
+    SetError("FrameError", error);
+  } catch (const Cancelled& error) {
+    SetError("Cancelled", error);
+  } catch (const UsageError& error) {
+    SetError("UsageError", error);
+  } catch (const EngineError& error) {
+    SetError("EngineError", error);
+  }
+}
+
+py::tuple TupleOf(const std::vector<std::string>& names) { return py::tuple(py::cast(names)); }
+
+const TypeInfo& KnownType(const std::string& name) {
+  const TypeInfo* info = FindType(name.c_str());
+  if (info == nullptr)
+    throw UsageError("weight type " + name + ": known are f32, f16, bf16, q4_0, q4_1, q8_0, q6_k");
+  return *info;
+}
+
+void ExpOf(const py::buffer& values, const py::buffer& out) {
+  const HeldBuffer in(values, "values");
+  const HeldBuffer to(out, "out");
+  const size_t n = in.Length();
+  const auto* from = in.ValuesOf<float>("f32", {n});
+  auto* result = to.WritableValuesOf<float>("f32", {n});
+  const VectorTable& table = *ChooseTable("auto").vector;
+  WithoutGil([&] { table.exp(from, n, result); });
+}
+
+double LogSumExpOf(const py::buffer& logits) {
+  const HeldBuffer in(logits, "logits");
+  const size_t n = in.Length();
+  const auto* values = in.ValuesOf<float>("f32", {n});
+  const VectorTable& table = *ChooseTable("auto").vector;
+  return WithoutGil([&] { return LogSumExp(table, values, n); });
+}
+
+uint32_t Crc32cOf(const py::buffer& data) {
+  const HeldBuffer in(data, "data");
+  return WithoutGil([&] { return Crc32c(in.bytes(), in.n_bytes()); });
+}
+
+void MatMulOf(Engine& engine, const std::string& type_name, size_t rows, size_t cols,
+              const py::buffer& weights, const py::buffer& x, const py::buffer& out) {
+  const TypeInfo& info = KnownType(type_name);
+  const HeldBuffer w(weights, "weights");
+  const HeldBuffer in(x, "x");
+  const HeldBuffer to(out, "out");
+  const size_t batch = in.First();
+  const auto* values = in.ValuesOf<float>("f32", {batch, cols});
+  auto* result = to.WritableValuesOf<float>("f32", {batch, rows});
+  const size_t row_bytes = RowBytes(info.type, cols);
+  if (rows == 0 || w.n_bytes() % rows != 0 || w.n_bytes() / rows != row_bytes)
+    throw UsageError("weights: " + std::to_string(w.n_bytes()) + " bytes, expected " +
+                     std::to_string(rows) + " rows of " + std::to_string(row_bytes));
+  WithoutGil([&] {
+    MultiplyFileRows(engine.pool, engine.kernels, info.type, rows, cols, w.bytes(), values, batch,
+                     result);
+  });
+}
+
+void BindValues(py::module_& m) {
+  py::class_<Config>(m, "Config", py::is_final())
+      .def(py::init([](size_t dim, size_t n_layers, size_t n_heads, size_t n_kv_heads,
+                       size_t head_dim, size_t ffn_dim, size_t vocab, size_t context_tokens,
+                       double norm_eps, double rope_theta, size_t rope_dim, bool rope_interleaved) {
+             const Config config{dim,      n_layers,   n_heads,  n_kv_heads,
+                                 head_dim, ffn_dim,    vocab,    context_tokens,
+                                 norm_eps, rope_theta, rope_dim, rope_interleaved};
+             Check(config, ShardPart{0, n_layers});  // a shard checks its own span
+             return config;
+           }),
+           py::kw_only(), py::arg("dim"), py::arg("n_layers"), py::arg("n_heads"),
+           py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("ffn_dim"), py::arg("vocab"),
+           py::arg("context_tokens"), py::arg("norm_eps"), py::arg("rope_theta"),
+           py::arg("rope_dim"), py::arg("rope_interleaved"));
+}
+
+void BindEngine(py::module_& m) {
+  py::class_<Engine>(m, "Engine", py::is_final())
+      .def(py::init<size_t, const std::string&>(), py::arg("threads") = 0, py::arg("isa") = "auto")
+      .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels.name; })
+      .def_property_readonly("threads", [](const Engine& engine) { return engine.pool.threads(); })
+      .def(
+          "read_bandwidth",
+          [](Engine& engine, size_t size_bytes, size_t rounds) {
+            return WithoutGil([&] { return ReadBandwidth(engine.pool, size_bytes, rounds); });
+          },
+          py::arg("size_bytes") = 268435456, py::arg("rounds") = 3);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  m.doc() = "The compiled engine. Imported by potluck/engine.py and by nothing else.";
+  for (const char* name : {"UsageError", "ModelError", "SessionError", "UnknownSession", "Full",
+                           "FrameError", "Cancelled", "EngineError"})
+    (void)PythonErrors().attr(name).ptr();
+  py::register_local_exception_translator(Translate);
+  m.attr("ISAS") = TupleOf(CompiledIsas());
+  m.def("available_isas", [] { return TupleOf(AvailableIsas()); });
+  m.def("crc32c", Crc32cOf, py::arg("data"));
+  m.def(
+      "block_layout",
+      [](const std::string& type_name) {
+        const TypeInfo& info = KnownType(type_name);
+        return std::pair(info.block_values, info.block_bytes);
+      },
+      py::arg("type_name"));
+  m.def("exp", ExpOf, py::arg("values"), py::arg("out"));
+  m.def("log_sum_exp", LogSumExpOf, py::arg("logits"));
+  BindValues(m);
+  BindEngine(m);
+  m.def("matmul", MatMulOf, py::arg("engine"), py::arg("type_name"), py::arg("rows"),
+        py::arg("cols"), py::arg("weights"), py::arg("x"), py::arg("out"));
+  m.def(
+      "benchmark_matmul",
+      [](Engine& engine, const std::string& type_name, size_t rows, size_t cols, size_t batch,
+         size_t rounds) {
+        const WeightType type = KnownType(type_name).type;
+        return WithoutGil([&] {
+          return BenchmarkMatMul(engine.pool, *engine.kernels.matmul, type, rows, cols, batch,
+                                 rounds);
+        });
+      },
+      py::arg("engine"), py::arg("type_name"), py::arg("rows"), py::arg("cols"), py::arg("batch"),
+      py::arg("rounds"));
+}
+
+}  // namespace potluck
