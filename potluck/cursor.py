@@ -70,19 +70,23 @@ class Cursor:
         place = "" if at is None else f"offset {at}: "
         return ModelError(f"{self._name}: {place}{message}", remedy=remedy)
 
-    def take(self, size_bytes: int, what: str) -> bytes:
-        """The next bytes. Checked first, so that a claim of 2^62 costs nothing."""
+    def take(self, size_bytes: int, what: str, *, at: int | None = None) -> bytes:
+        """The next bytes. Checked first, so that a claim of 2^62 costs nothing.
+
+        A refusal names the place `at`, where the claim was made; without it, where the bytes are.
+        """
         start, stop = self.offset, self.offset + size_bytes
+        at = start if at is None else at
         if stop > self.size_bytes:
             behind = f"{what} ends {stop - self.size_bytes:,} bytes behind the end of the file"
-            raise self.error(behind, at=start, remedy=CUT_SHORT)
+            raise self.error(behind, at=at, remedy=CUT_SHORT)
         if stop > self._limit_bytes:
-            raise self.error(f"a header of more than {self._limit_bytes:,} bytes", at=start)
+            raise self.error(f"a header of more than {self._limit_bytes:,} bytes", at=at)
         if stop > self._window_start + len(self._window):
             self._window = os.pread(self._descriptor, max(size_bytes, _WINDOW_BYTES), start)
             self._window_start = start
             if len(self._window) < size_bytes:
-                raise self.error(f"{what} can't be read: the file shrank", at=start)
+                raise self.error(f"{what} can't be read: the file shrank", at=at)
         self.offset = stop
         return self._window[start - self._window_start : stop - self._window_start]
 
@@ -112,7 +116,7 @@ class Cursor:
             found = f"{what} has {size_bytes:,} bytes, at most {limit_bytes:,} are supported"
             raise self.error(found, at=start)
         try:
-            return str(self.take(size_bytes, what), "utf-8")
+            return str(self.take(size_bytes, what, at=start), "utf-8")
         except UnicodeDecodeError as e:
             raise self.error(f"{what} is not UTF-8 ({e.reason})", at=start) from e
 

@@ -1,7 +1,7 @@
 """The weights of a file as float64, by numpy: the oracle's own reading of the layouts.
 
-Written from the layouts alone, independent of the engine and of quantize.py; a test compares it with
-the `gguf` package's dequantizers.
+Written from the layouts alone, independent of the engine and of quantize.py; a test compares it
+with the `gguf` package's dequantizers.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def oracle_head(file: GgufFile, config: ModelConfig, x: F64) -> F64:
 
 def normed(x: F64, weight: F64, eps: float) -> F64:
     """Root mean square norm of each row of [n, dim], times weight [dim]."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    out: F64 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return out
 
 
 def rotated(x: F64, positions: I64, config: ModelConfig) -> F64:

@@ -27,13 +27,13 @@ INSTRUCTIONS = (
 _MERGES = (
     "Ġ t|h e|Ġ a|i n|r e|o n|e r|Ġt he|Ġ s|a t|o u|Ġ w|n d|i s|o r|Ġ o|e n|Ġ f|Ġ b|e d|i t|a n|"
     "in g|Ġ p|o f|Ġ of|Ġa nd|Ġt o|a l|Ġ in|Ġ is|l e|e s|a r|l l|Ġ c|o t|c k|u ck|p ot|l uck|"
-    "pot luck|Ġ potluck"
+    "pot luck|Ġp ot|Ġpot luck"
 )
 
 # As sentencepiece writes them: a space is U+2581, and a piece is reached by joining two pieces.
 _PIECES = (
     "▁t|he|▁a|in|re|on|er|▁the|▁s|at|ou|▁w|nd|is|or|▁o|en|▁f|▁b|ed|it|an|ing|▁p|of|▁of|▁and|▁to|"
-    "al|▁in|▁is|le|es|ar|ll|▁c|ot|ck|uck|pot|luck|potluck|▁potluck"
+    "al|▁in|▁is|le|es|ar|ll|▁c|ot|ck|uck|pot|luck|potluck|▁pot|▁potluck"
 )
 
 LEAST_TOKENS = 420  # that both vocabularies fit into
