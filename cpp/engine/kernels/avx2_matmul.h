@@ -30,6 +30,13 @@ namespace {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
 }
 
+// The same for a vector that is used twice: gcc otherwise loads it for each use.
+[[maybe_unused]] inline __m256i LoadOnce(const uint8_t* at) {
+  __m256i loaded = Load(at);
+  asm("" : "+x"(loaded));
+  return loaded;
+}
+
 // A word of 4 bytes in all lanes.
 [[maybe_unused]] inline __m256i Broadcast(const uint8_t* at) {
   int word = 0;

@@ -16,7 +16,7 @@ constexpr size_t kUnpackedBlock = 512;  // bytes of a block of two panels, a byt
 // Blocks of a GEMM chunk: codes and scales of 16 rows take 11.5 KiB (Q4_1 12.7) and stay in L1
 // beside the activations.
 constexpr size_t kChunkBlocks = 20;
-constexpr size_t kPrefetchBytes = 1024;
+constexpr size_t kPrefetchBytes = 8192;
 
 // Where the blocks of a panel lie.
 struct PanelShape {
@@ -35,14 +35,16 @@ PanelShape ShapeOf(size_t k) {
 
 // One panel times the R rows of a group, in one pass over the panel.
 template <bool kHasMin, int R>
-__attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel, const uint8_t* data,
-                    const RowGroup& group, float* out, size_t out_stride) {
+__attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel,
+                                              const uint8_t* data, const RowGroup& group,
+                                              float* out, size_t out_stride) {
   const __m256i low = _mm256_set1_epi8(15);
   const uint8_t* x = data + group.codes;
   const uint8_t* seeds = data + group.seeds;
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   const float* sums = reinterpret_cast<const float*>(data + group.sums);
   __m256 acc[R];
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < shape.blocks; b += shape.record_blocks, panel += shape.record_bytes) {
     const uint8_t* d = panel;
@@ -51,11 +53,14 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes + 64), _MM_HINT_T0);
       __m256i sum[R];
+#pragma GCC unroll 8
       for (int t = 0; t < R; ++t) sum[t] = kHasMin ? _mm256_setzero_si256() : Seed(seeds + 4 * t);
+#pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
-        const __m256i both = Load(codes + 32 * v);
+        const __m256i both = LoadOnce(codes + 32 * v);
         const __m256i lo = _mm256_and_si256(both, low);
         const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 8
         for (int t = 0; t < R; ++t) {
           sum[t] = AddProducts(sum[t], lo, Broadcast(x + (v * R + t) * 4));
           sum[t] = AddProducts(sum[t], hi, Broadcast(x + ((v + 4) * R + t) * 4));
@@ -63,12 +68,14 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
         POTLUCK_ORDER_LOADS();
       }
       const __m256 dw = LoadHalves(d);
+#pragma GCC unroll 8
       for (int t = 0; t < R; ++t) {
         acc[t] = _mm256_fmadd_ps(PairsToFloat(sum[t]),
                                  _mm256_mul_ps(dw, _mm256_broadcast_ss(scales + t)), acc[t]);
       }
       if (kHasMin) {
         const __m256 mw = LoadHalves(d + kScaleBytes * shape.record_blocks);
+#pragma GCC unroll 8
         for (int t = 0; t < R; ++t)
           acc[t] = _mm256_fmadd_ps(mw, _mm256_broadcast_ss(sums + t), acc[t]);
       }
@@ -80,6 +87,7 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       sums += R;
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
 }
 
@@ -106,16 +114,22 @@ void MultiplyGroup(const PanelShape& shape, const uint8_t* panel, const uint8_t*
   }
 }
 
-// A chunk of K of two panels, unpacked: a byte a code, f32 scales.
+// Rows that share one unpacking. Their sums take 8 KiB of scratch.
+constexpr size_t kBandRows = 128;
+
+// A chunk of K of two panels, unpacked to a byte a code and f32 scales; and the sums of a band of
+// rows: in `out` the rows lie far apart, often a multiple of 4 KiB, and would push each other out
+// of L1.
 struct Chunk {
   uint8_t* codes;  // [blocks][8 groups of 4 k][2 panels][32]
-  float* d;        // [blocks][16 rows]
+  float* d;        // [blocks][16 rows of weights]
   float* m;        // the same; Q4_1
+  float* sums;     // [band rows][16]
 };
 
 Chunk ChunkIn(uint8_t* scratch) {
   float* d = reinterpret_cast<float*>(scratch + kChunkBlocks * kUnpackedBlock);
-  return {scratch, d, d + kChunkBlocks * 16};
+  return {scratch, d, d + kChunkBlocks * 16, d + 2 * kChunkBlocks * 16};
 }
 
 // Unpacks blocks [first, last) of one of two panels (side 0 or 1).
@@ -130,7 +144,7 @@ void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t 
     const uint8_t* d = record + b % g * kScaleBytes;
     const uint8_t* codes = record + shape.codes_offset + b % g * kBlockCodes;
     for (size_t v = 0; v < 4; ++v) {
-      const __m256i both = Load(codes + 32 * v);
+      const __m256i both = LoadOnce(codes + 32 * v);
       const __m256i lo = _mm256_and_si256(both, low);
       const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * v), lo);
@@ -152,11 +166,11 @@ inline void AddBlock(float* c, __m256i sum, const float* d, const float* da, con
   _mm256_storeu_ps(c, acc);
 }
 
-// out[S rows][16] += a chunk of two panels times a group of S rows; named sums, for gcc spills an
+// c[S rows][16] += a chunk of two panels times a group of S rows; named sums, for gcc spills an
 // array of them.
 template <bool kHasMin, int S>
-__attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t first, const uint8_t* data,
-             const RowGroup& group, float* out, size_t out_stride) {
+__attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t first,
+                                       const uint8_t* data, const RowGroup& group, float* c) {
   const uint8_t* w = chunk.codes;
   const uint8_t* x = data + group.codes + first * 32 * S;
   const uint8_t* seeds = data + group.seeds + first * 4 * S;
@@ -164,10 +178,6 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
   const float* sums = reinterpret_cast<const float*>(data + group.sums) + first * S;
   const float* d = chunk.d;
   const float* m = chunk.m;
-  float* const c0 = out;
-  float* const c1 = out + out_stride;
-  float* const c2 = c1 + out_stride;
-  float* const c3 = c2 + out_stride;
   for (size_t b = 0; b < blocks; ++b) {
     __m256i a0 = kHasMin ? _mm256_setzero_si256() : Seed(seeds);
     __m256i a1 = kHasMin ? _mm256_setzero_si256() : Seed(seeds + 4);
@@ -195,15 +205,15 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
       }
       POTLUCK_ORDER_LOADS();
     }
-    AddBlock<kHasMin>(c0, a0, d, scales, m, sums);
-    AddBlock<kHasMin>(c0 + 8, b0, d + 8, scales, m + 8, sums);
-    AddBlock<kHasMin>(c1, a1, d, scales + 1, m, sums + 1);
-    AddBlock<kHasMin>(c1 + 8, b1, d + 8, scales + 1, m + 8, sums + 1);
-    AddBlock<kHasMin>(c2, a2, d, scales + 2, m, sums + 2);
-    AddBlock<kHasMin>(c2 + 8, b2, d + 8, scales + 2, m + 8, sums + 2);
+    AddBlock<kHasMin>(c, a0, d, scales, m, sums);
+    AddBlock<kHasMin>(c + 8, b0, d + 8, scales, m + 8, sums);
+    AddBlock<kHasMin>(c + 16, a1, d, scales + 1, m, sums + 1);
+    AddBlock<kHasMin>(c + 24, b1, d + 8, scales + 1, m + 8, sums + 1);
+    AddBlock<kHasMin>(c + 32, a2, d, scales + 2, m, sums + 2);
+    AddBlock<kHasMin>(c + 40, b2, d + 8, scales + 2, m + 8, sums + 2);
     if (S == 4) {
-      AddBlock<kHasMin>(c3, a3, d, scales + 3, m, sums + 3);
-      AddBlock<kHasMin>(c3 + 8, b3, d + 8, scales + 3, m + 8, sums + 3);
+      AddBlock<kHasMin>(c + 48, a3, d, scales + 3, m, sums + 3);
+      AddBlock<kHasMin>(c + 56, b3, d + 8, scales + 3, m + 8, sums + 3);
     }
     w += kUnpackedBlock;
     x += 32 * S;
@@ -215,28 +225,46 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
   }
 }
 
-// Two panels times all rows.
+// Two panels times the groups [first_group, last_group), at most kBandRows rows.
 template <bool kHasMin>
-void MultiplyPair(const PanelShape& shape, const uint8_t* panels, size_t panel_bytes,
-                  const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch) {
-  const Chunk chunk = ChunkIn(scratch);
-  for (size_t r = 0; r < x.rows; ++r) {
-    _mm256_storeu_ps(out + r * out_stride, _mm256_setzero_ps());
-    _mm256_storeu_ps(out + r * out_stride + 8, _mm256_setzero_ps());
-  }
+void MultiplyBand(const PanelShape& shape, const uint8_t* panels, size_t panel_bytes,
+                  const PreparedRows& x, size_t first_group, size_t last_group, float* out,
+                  size_t out_stride, const Chunk& chunk) {
+  __builtin_memset(chunk.sums, 0, (last_group - first_group) * kTileRows * 16 * sizeof(float));
   for (size_t first = 0; first < shape.blocks; first += kChunkBlocks) {
     const size_t last = first + kChunkBlocks < shape.blocks ? first + kChunkBlocks : shape.blocks;
     Unpack<kHasMin>(shape, panels, first, last, 0, chunk);
     Unpack<kHasMin>(shape, panels + panel_bytes, first, last, 1, chunk);
-    for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+    float* c = chunk.sums;
+    for (size_t index = first_group; index < last_group; ++index, c += kTileRows * 16) {
       const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
-      float* c = out + group.first * out_stride;
       if (group.rows == kTileRows) {
-        AddTile<kHasMin, 4>(chunk, last - first, first, x.data, group, c, out_stride);
+        AddTile<kHasMin, 4>(chunk, last - first, first, x.data, group, c);
       } else {
-        AddTile<kHasMin, 3>(chunk, last - first, first, x.data, group, c, out_stride);
+        AddTile<kHasMin, 3>(chunk, last - first, first, x.data, group, c);
       }
     }
+  }
+  const float* c = chunk.sums;
+  for (size_t index = first_group; index < last_group; ++index, c += kTileRows * 16) {
+    const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
+    for (size_t t = 0; t < group.rows; ++t) {
+      float* to = out + (group.first + t) * out_stride;
+      _mm256_storeu_ps(to, _mm256_loadu_ps(c + 16 * t));
+      _mm256_storeu_ps(to + 8, _mm256_loadu_ps(c + 16 * t + 8));
+    }
+  }
+}
+
+template <bool kHasMin>
+void MultiplyPair(const PanelShape& shape, const uint8_t* panels, size_t panel_bytes,
+                  const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch) {
+  constexpr size_t kBandGroups = kBandRows / kTileRows;
+  const size_t groups = GroupCount(x.rows);
+  for (size_t first = 0; first < groups; first += kBandGroups) {
+    const size_t last = first + kBandGroups < groups ? first + kBandGroups : groups;
+    MultiplyBand<kHasMin>(shape, panels, panel_bytes, x, first, last, out, out_stride,
+                          ChunkIn(scratch));
   }
 }
 
