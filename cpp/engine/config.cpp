@@ -26,7 +26,7 @@ void CheckPositive(const char* name, double value) {
 
 }  // namespace
 
-void Check(const Config& config) {
+void Check(const Config& config, const ShardPart& part) {
   CheckCount("dim", config.dim, kMostValues);
   CheckCount("n_layers", config.n_layers, kMostLayers);
   CheckCount("n_heads", config.n_heads, kMostLayers);
@@ -35,8 +35,7 @@ void Check(const Config& config) {
   CheckCount("values of all heads", config.QueryDim(), kMostValues);
   CheckCount("ffn_dim", config.ffn_dim, kMostValues);
   CheckCount("vocab", config.vocab, kMostValues);
-  // Angles of positions beyond 2^24 would lose precision (canon.h, SinCosDouble).
-  CheckCount("context_tokens", config.context_tokens, kMostValues);
+  CheckCount("context_tokens", config.context_tokens, kMostPositions);
   CheckCount("rope_dim", config.rope_dim, config.head_dim);
   if (config.n_heads % config.n_kv_heads != 0) {
     throw ModelError("n_heads: a multiple of n_kv_heads (" + std::to_string(config.n_kv_heads) +
@@ -47,6 +46,10 @@ void Check(const Config& config) {
   }
   CheckPositive("norm_eps", config.norm_eps);
   CheckPositive("rope_theta", config.rope_theta);
+  if (part.start >= part.stop || part.stop > config.n_layers) {
+    throw UsageError("span [" + std::to_string(part.start) + ", " + std::to_string(part.stop) +
+                     ") of a model of " + std::to_string(config.n_layers) + " layers");
+  }
 }
 
 }  // namespace potluck

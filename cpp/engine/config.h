@@ -1,12 +1,16 @@
-// What the engine must know of a model: sizes, the norm's epsilon, how heads are rotated.
+// What the engine must know of a model, and which part of it a shard is.
 //
-// A plain value, checked once by Check and trusted afterwards. It says nothing of files and weight
+// Plain values, checked once by Check and trusted afterwards. It says nothing of files and weight
 // types.
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace potluck {
+
+// Angles of positions beyond would lose precision (canon.h, SinCosDouble).
+constexpr size_t kMostPositions = size_t{1} << 24;
 
 struct Config {
   size_t dim = 0;             // values of a hidden state
@@ -28,7 +32,25 @@ struct Config {
   size_t HeadsPerKvHead() const { return n_heads / n_kv_heads; }
 };
 
-// ModelError names the value that makes no model, with its range.
-void Check(const Config& config);
+// Which part of a model a shard is.
+struct ShardPart {
+  size_t start = 0;  // layers [start, stop)
+  size_t stop = 0;
+  bool embeds = false;    // takes token ids: holds the embedding
+  bool has_head = false;  // gives logits: holds the last norm and the head
+  size_t kv_bytes = 0;    // budget of the KV pages; whole pages of it are used
+  size_t max_sessions = 256;
+};
+
+// One matrix of the file, or one vector (a single row).
+struct TensorShape {
+  std::string name;  // GGUF's
+  size_t rows;
+  size_t cols;
+};
+
+// ModelError names the value that makes no model, with its range. UsageError: a span that is empty
+// or ends beyond the model.
+void Check(const Config& config, const ShardPart& part);
 
 }  // namespace potluck

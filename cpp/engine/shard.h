@@ -5,44 +5,18 @@
 // seen.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "engine/batch.h"
 #include "engine/config.h"
 #include "engine/kernels/table.h"
 #include "engine/pool.h"
 
 namespace potluck {
-
-// Rows of one session in a batch: n_tokens tokens from start_position on; the last want_logits of
-// them want logits.
-struct RowSpan {
-  uint64_t session = 0;
-  size_t start_position = 0;
-  size_t n_tokens = 0;
-  size_t want_logits = 0;
-};
-
-// Which part of a model a shard is.
-struct ShardPart {
-  size_t start = 0;  // layers [start, stop)
-  size_t stop = 0;
-  bool embeds = false;    // takes token ids: holds the embedding
-  bool has_head = false;  // gives logits: holds the last norm and the head
-  size_t kv_bytes = 0;    // budget of the KV pages; whole pages of it are used
-  size_t max_sessions = 256;
-};
-
-// One matrix of the file, or one vector (a single row).
-struct TensorShape {
-  std::string name;  // GGUF's
-  size_t rows;
-  size_t cols;
-};
 
 class Shard {
  public:
@@ -55,7 +29,7 @@ class Shard {
 
   // Every tensor the span needs. Without an output.weight the head is token_embd.weight (tied
   // embeddings): it may be put in place of it, and a shard that embeds too holds it once.
-  std::vector<TensorShape> Tensors() const;
+  std::vector<TensorShape> Matrices() const;
 
   // Reads one tensor from a file, slab by slab, into its packed place; the page cache is dropped
   // behind. ModelError: not in the span, put twice, wrong shape, type not supported, file too

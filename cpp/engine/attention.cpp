@@ -1,0 +1,211 @@
+#include "engine/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace potluck {
+namespace {
+
+constexpr size_t kSplitPositions = 256;
+constexpr size_t kTilesPerSplit = kSplitPositions / kTilePositions;
+constexpr size_t kEverySplit = std::numeric_limits<size_t>::max();
+// Query rows (rows times heads) of a task: so many share a tile while it is in the first cache.
+constexpr size_t kTaskRows = 64;
+// Sessions with at most so many rows in the batch are cut into splits, one task each; the states
+// of longer ones would take more memory than they save time, for their rows are tasks enough.
+constexpr size_t kMostCutRows = 8;
+// Tasks take unequal times; so many for each thread even that out.
+constexpr size_t kTasksPerThread = 4;
+
+size_t DivideUp(size_t a, size_t b) { return (a + b - 1) / b; }
+
+size_t SplitsOf(const SessionRows& rows) {
+  return DivideUp(rows.start_position + rows.n_rows, kSplitPositions);
+}
+
+bool IsCut(const SessionRows& rows) { return rows.n_rows <= kMostCutRows && SplitsOf(rows) > 1; }
+
+}  // namespace
+
+struct Attention::Step {
+  const AttentionTable& kernels;
+  const KvPages& kv;
+  size_t layer;
+  const float* q;
+  float* out;
+};
+
+Attention::Attention(const Config& config, size_t threads)
+    : n_heads_(config.n_heads),
+      n_kv_heads_(config.n_kv_heads),
+      head_dim_(config.head_dim),
+      n_threads_(threads),
+      state_values_(DivideUp(config.head_dim + 2, 16) * 16) {
+  scratch_.Reserve(n_threads_ * 2 * kTaskRows * state_values_);
+}
+
+void Attention::Plan(const std::vector<SessionRows>& sessions) {
+  sessions_.assign(sessions.begin(), sessions.end());
+  tasks_.clear();
+  joins_.clear();
+  n_states_ = 0;
+  size_t n_basic_tasks = 0;
+  for (const SessionRows& rows : sessions_) {
+    n_basic_tasks += n_kv_heads_ * (IsCut(rows) ? SplitsOf(rows) : 1);
+  }
+  for (size_t i = 0; i < sessions_.size(); ++i) PlanSession(i, n_basic_tasks);
+  states_.Reserve(n_states_ * state_values_);
+  if (joins_.size() > n_arrived_) {
+    n_arrived_ = joins_.size();
+    arrived_ = std::make_unique<std::atomic<size_t>[]>(n_arrived_);
+  }
+  // A step that was given up may have left some.
+  for (size_t i = 0; i < n_arrived_; ++i) arrived_[i].store(0, std::memory_order_relaxed);
+}
+
+// n_basic_tasks: what the batch would give if a task took all rows and heads of its KV head. Too
+// few for the threads: tasks are made smaller, by rows if there are several, and then by heads.
+void Attention::PlanSession(size_t session, size_t n_basic_tasks) {
+  const SessionRows& rows = sessions_[session];
+  const size_t group = n_heads_ / n_kv_heads_;
+  const bool cut = IsCut(rows);
+  const size_t n_splits = SplitsOf(rows);
+  const size_t wanted_parts = DivideUp(kTasksPerThread * n_threads_, n_basic_tasks);
+  const size_t row_parts = std::min(wanted_parts, rows.n_rows);
+  const size_t head_parts = n_threads_ == 1 ? 1 : DivideUp(wanted_parts, 2 * row_parts);
+  const size_t heads = std::min(DivideUp(group, head_parts), kTaskRows);
+  const size_t n_rows = std::min(DivideUp(rows.n_rows, row_parts), kTaskRows / heads);
+  for (size_t row = 0; row < rows.n_rows; row += n_rows) {
+    for (size_t head = 0; head < n_heads_;) {
+      const size_t kv_head = head / group;
+      const size_t last_head = std::min(head + heads, (kv_head + 1) * group);
+      AddTasks({session, row, std::min(row + n_rows, rows.n_rows), kv_head, head, last_head, 0, 0},
+               n_splits, cut);
+      head = last_head;
+    }
+  }
+}
+
+void Attention::AddTasks(Task task, size_t n_splits, bool cut) {
+  if (!cut) {
+    task.split = kEverySplit;
+    tasks_.push_back(task);
+    return;
+  }
+  task.join = joins_.size();
+  joins_.push_back({n_states_, n_splits});
+  n_states_ += n_splits * task.Rows();
+  for (task.split = 0; task.split < n_splits; ++task.split) tasks_.push_back(task);
+}
+
+void Attention::Attend(Pool& pool, const AttentionTable& kernels, const KvPages& kv, size_t layer,
+                       const float* q, float* out) {
+  const Step step = {kernels, kv, layer, q, out};
+  pool.Run(tasks_.size(), 1, [&](size_t thread, size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) Work(step, thread, tasks_[i]);
+  });
+}
+
+size_t Attention::scratch_bytes() const { return states_.bytes() + scratch_.bytes(); }
+
+void Attention::Work(const Step& step, size_t thread, const Task& task) {
+  if (task.split == kEverySplit) {
+    WorkAllSplits(step, task, scratch_.data() + thread * 2 * kTaskRows * state_values_);
+  } else {
+    WorkOneSplit(step, task);
+  }
+}
+
+void Attention::WorkAllSplits(const Step& step, const Task& task, float* scratch) {
+  const SessionRows& rows = sessions_[task.session];
+  const size_t n_splits = DivideUp(rows.start_position + task.last_row, kSplitPositions);
+  float* const later = scratch + kTaskRows * state_values_;
+  AddSplit(step, task, 0, scratch);
+  for (size_t split = 1; split < n_splits; ++split) {
+    AddSplit(step, task, split, later);
+    MergeSplit(step, task, split, later, scratch);
+  }
+  Finish(step, task, scratch);
+}
+
+void Attention::WorkOneSplit(const Step& step, const Task& task) {
+  const Join& join = joins_[task.join];
+  float* const states = states_.data() + join.first_state * state_values_;
+  const size_t split_values = task.Rows() * state_values_;
+  AddSplit(step, task, task.split, states + task.split * split_values);
+  std::atomic<size_t>& arrived = arrived_[task.join];
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < join.n_splits) return;
+  arrived.store(0, std::memory_order_relaxed);  // for the next layer, which a barrier precedes
+  for (size_t split = 1; split < join.n_splits; ++split) {
+    MergeSplit(step, task, split, states + split * split_values, states);
+  }
+  Finish(step, task, states);
+}
+
+// The states of the task's query rows over one split; rows before the split keep the empty state.
+void Attention::AddSplit(const Step& step, const Task& task, size_t split, float* states) const {
+  const SessionRows& rows = sessions_[task.session];
+  const size_t heads = task.Heads();
+  const float* q[kTaskRows];
+  float* state[kTaskRows];
+  for (size_t i = 0; i < task.Rows(); ++i) {
+    const size_t row = rows.first_row + task.first_row + i / heads;
+    q[i] = step.q + (row * n_heads_ + task.first_head + i % heads) * head_dim_;
+    state[i] = states + i * state_values_;
+    std::fill_n(state[i], state_values_, 0.0f);
+    state[i][head_dim_] = -std::numeric_limits<float>::infinity();
+  }
+  const size_t stop = rows.start_position + task.last_row;  // positions seen by the last row
+  for (size_t t = 0; t < kTilesPerSplit; ++t) {
+    const size_t tile_start = split * kSplitPositions + t * kTilePositions;
+    if (tile_start >= stop) return;
+    KvTile tile = {};
+    for (size_t p = 0; p < kTilePages; ++p) {
+      const size_t position = tile_start + p * kKvPageTokens;
+      if (position >= stop) break;
+      const uint16_t* section =
+          step.kv.Section(rows.pages[position / kKvPageTokens], step.layer, task.kv_head);
+      tile.keys[2 * p] = section;
+      tile.keys[2 * p + 1] = section + kKvGroupTokens * head_dim_;
+      tile.values[p] = section + kKvPageTokens * head_dim_;
+    }
+    // Rows below `first` stand before the tile, rows from `full` on see all of it. Those between
+    // see as much as their own position: they are taken one by one, for a masked fma is not exact.
+    const auto row_at = [&](size_t position) {
+      const size_t row = position - std::min(position, rows.start_position);
+      return std::clamp(row, task.first_row, task.last_row);
+    };
+    const size_t first = row_at(tile_start);
+    const size_t full = row_at(tile_start + kTilePositions - 1);
+    for (size_t row = first; row < full; ++row) {
+      const size_t i = (row - task.first_row) * heads;
+      step.kernels.add_tile(tile, head_dim_, rows.start_position + row + 1 - tile_start, q + i,
+                            state + i, heads);
+    }
+    const size_t i = (full - task.first_row) * heads;
+    step.kernels.add_tile(tile, head_dim_, kTilePositions, q + i, state + i, task.Rows() - i);
+  }
+}
+
+// Rows that stand before the split are left out: merging an empty state could turn a -0.
+void Attention::MergeSplit(const Step& step, const Task& task, size_t split, const float* from,
+                           float* into) const {
+  const size_t start = sessions_[task.session].start_position;
+  for (size_t i = 0; i < task.Rows(); ++i) {
+    const size_t position = start + task.first_row + i / task.Heads();
+    if (position < split * kSplitPositions) continue;
+    step.kernels.merge(from + i * state_values_, head_dim_, into + i * state_values_);
+  }
+}
+
+void Attention::Finish(const Step& step, const Task& task, const float* states) const {
+  const size_t first_row = sessions_[task.session].first_row + task.first_row;
+  for (size_t i = 0; i < task.Rows(); ++i) {
+    const size_t row = first_row + i / task.Heads();
+    const size_t head = task.first_head + i % task.Heads();
+    step.kernels.finish(states + i * state_values_, head_dim_,
+                        step.out + (row * n_heads_ + head) * head_dim_);
+  }
+}
+
+}  // namespace potluck
