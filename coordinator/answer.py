@@ -17,8 +17,8 @@ STOP_BYTES = 128
 class Decoder(Protocol):
     """Tokens to text, an incomplete character held back; potluck.tokenizer.StreamDecoder fits."""
 
-    def push(self, id: int) -> str:
-        """The characters that `id` completes."""
+    def push(self, token_id: int, /) -> str:
+        """The characters that the token completes."""
         ...
 
     def finish(self) -> str:

@@ -15,7 +15,7 @@ DEFAULT_CONTEXT_TOKENS = 4096  # or the model's own, if that is shorter
 ROWS_LIMIT = 512  # of a step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Settings:
     """The command line. Raises UsageError, naming the option and its range."""
 
@@ -28,6 +28,7 @@ class Settings:
     prefill_chunk: int = 64
     max_sessions: int = 8
     queue: int = 32
+    chat_template: str = ""  # name of a built-in one; empty: the model's own
     stop_with_stdin: bool = False
     log_level: str = "info"
 
@@ -77,6 +78,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--prefill-chunk", type=int, default=Settings.prefill_chunk, help="prompt tokens of a step")
     add("--max-sessions", type=int, default=Settings.max_sessions, help="answers at the same time")
     add("--queue", type=int, default=Settings.queue, help="requests that may wait for a place")
+    add("--chat-template", metavar="NAME", default="", help="instead of the model's own")
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     version = f"potluck {__version__}, protocol {PROTOCOL}"
@@ -92,6 +94,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         prefill_chunk=given.prefill_chunk,
         max_sessions=given.max_sessions,
         queue=given.queue,
+        chat_template=given.chat_template,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,
     )

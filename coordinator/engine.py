@@ -189,7 +189,7 @@ class Engine:
             if error is None:
                 try:
                     n_tokens += self._commit_rows(stream, rows, picks.get(rows.session), now)
-                except StepError as wrong:
+                except PotluckError as wrong:
                     error = wrong
             if error is not None:
                 self._end(stream, error)
@@ -235,7 +235,8 @@ class Engine:
             request.sampling,
             request.ends_at,
         )
-        text = AnswerText(self.model.tokenizer.decoder(), request.stops)
+        decoder = self.model.tokenizer.decoder(continues=request.continues)
+        text = AnswerText(decoder, request.stops)
         self._scheduler.add(session)
         stream = self._answers[session.id] = AnswerStream(session, text, self.clock())
         self._idle.clear()

@@ -25,6 +25,7 @@ class Request:
     sampling: Sampling
     stops: tuple[str, ...]
     ends_at: frozenset[int]  # tokens that end the answer; empty: none does
+    continues: bool  # the answer's text goes on behind the prompt's, in mid-sentence
 
 
 def checked(
@@ -34,6 +35,7 @@ def checked(
     stops: Sequence[str] = (),
     *,
     ends_at: frozenset[int],
+    continues: bool,
     context_tokens: int,
     vocab: int,
 ) -> Request:
@@ -54,6 +56,7 @@ def checked(
         sampling=replace(sampling, prompt_tokens=len(prompt)),
         stops=tuple(stops),
         ends_at=ends_at,
+        continues=continues,
     )
 
 

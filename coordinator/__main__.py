@@ -1,0 +1,108 @@
+"""The program `potluck-coordinator`: wiring, signals, exit codes. Decides nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+from coordinator.config import Settings, settings_of
+from coordinator.engine import Engine
+from coordinator.grpc_server import open_doors
+from coordinator.loading import open_pipeline
+from coordinator.served import open_model
+from coordinator.templates import Conversations
+from potluck.errors import PotluckError, UsageError
+
+PROGRAM = "potluck-coordinator"
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs until a signal. 0: stopped cleanly; 1: it failed; 2: the command line was wrong."""
+    error: PotluckError | None = None
+    try:
+        settings = settings_of(arguments)
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        )
+        asyncio.run(serve(settings))
+    except* PotluckError as failed:
+        error = _first(failed)
+    return 0 if error is None else _explain(error)
+
+
+async def serve(settings: Settings) -> None:
+    """Opens the model and the doors, announces them, and serves until told to stop."""
+    model = await asyncio.to_thread(open_model, settings.model, settings.context_tokens)
+    engine = Engine(model, settings, open_pipeline)
+    conversations = Conversations(model.tokenizer, model.name, settings.chat_template)
+    async with (
+        AsyncExitStack() as at_end,
+        open_doors(engine, conversations, settings) as doors,
+    ):
+        at_end.push_async_callback(conversations.close)
+        engine.fleet_address = doors.fleet
+        announcement = {"grpc": doors.public, "fleet": doors.fleet, "pid": os.getpid()}
+        print(json.dumps(announcement), flush=True)  # noqa: T201  the one line on stdout
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(engine.run(), name="engine"),
+                group.create_task(engine.watch(), name="watch"),
+            ]
+            group.create_task(_stop_when_told(engine, tasks, settings), name="stop")
+
+
+async def _stop_when_told(
+    engine: Engine, tasks: Sequence[asyncio.Task[None]], settings: Settings
+) -> None:
+    """Waits for a signal or the end of standard input, then ends answers and `tasks`."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if told.is_set():
+            os._exit(_INTERRUPTED)  # the second one: at once
+        told.set()
+
+    def on_stdin() -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            loop.remove_reader(sys.stdin.fileno())
+            told.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    if settings.stop_with_stdin:
+        try:
+            loop.add_reader(sys.stdin.fileno(), on_stdin)
+        except PermissionError:  # a file or /dev/null: there is nobody at the other end
+            told.set()
+    await told.wait()
+    await engine.stop()
+    for task in tasks:
+        task.cancel()
+
+
+def _first(group: BaseExceptionGroup[PotluckError]) -> PotluckError:
+    """The first error of a group of groups."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _explain(error: PotluckError) -> int:
+    """Two lines for people; the exit code."""
+    print(f"{PROGRAM}: error: {error.message}", file=sys.stderr)  # noqa: T201  for people
+    if error.remedy:
+        print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201  for people
+    return 2 if isinstance(error, UsageError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
