@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "engine/bench.h"
-#include "engine/config.h"
 #include "engine/cpu.h"
 #include "engine/crc32c.h"
 #include "engine/errors.h"
@@ -18,6 +17,7 @@
 #include "engine/pool.h"
 #include "engine/probe.h"
 #include "engine/product.h"
+#include "engine/shard.h"
 #include "engine/types.h"
 #include "engine/vector.h"
 #include "python_buffers.h"
@@ -130,6 +130,47 @@ void MatMulOf(Engine& engine, const std::string& type_name, size_t rows, size_t 
   });
 }
 
+size_t TokensIn(const std::vector<RowSpan>& rows) {
+  size_t tokens = 0;
+  for (const RowSpan& span : rows)
+    if (__builtin_add_overflow(tokens, span.n_tokens, &tokens))
+      throw UsageError("rows: more tokens than can be counted");
+  return tokens;
+}
+
+size_t LogitsIn(const std::vector<RowSpan>& rows) {
+  size_t logits = 0;
+  for (const RowSpan& span : rows)
+    if (__builtin_add_overflow(logits, span.want_logits, &logits))
+      throw UsageError("rows: more logits than can be counted");
+  return logits;
+}
+
+std::vector<double> ForwardOf(Shard& shard, const py::buffer& input,
+                              const std::vector<RowSpan>& rows, const py::buffer& output) {
+  const HeldBuffer in(input, "input");
+  const HeldBuffer out(output, "output");
+  const size_t n = TokensIn(rows);
+  const Config& config = shard.config();
+  const size_t out_rows = shard.has_head() ? LogitsIn(rows) : n;
+  const size_t out_cols = shard.has_head() ? config.vocab : config.dim;
+  auto* to = out.WritableValuesOf<float>("f32", {out_rows, out_cols});
+  if (shard.embeds()) {
+    const auto* ids = in.ValuesOf<int32_t>("int32", {n});
+    return WithoutGil([&] { return shard.Forward(ids, n, rows, to, out_rows * out_cols); });
+  }
+  const auto* from = in.ValuesOf<float>("f32", {n, config.dim});
+  return WithoutGil(
+      [&] { return shard.Forward(from, n * config.dim, rows, to, out_rows * out_cols); });
+}
+
+std::vector<std::tuple<std::string, size_t, size_t>> MatricesOf(const Shard& shard) {
+  std::vector<std::tuple<std::string, size_t, size_t>> all;
+  for (const TensorShape& shape : shard.Matrices())
+    all.emplace_back(shape.name, shape.rows, shape.cols);
+  return all;
+}
+
 void BindValues(py::module_& m) {
   py::class_<Config>(m, "Config", py::is_final())
       .def(py::init([](size_t dim, size_t n_layers, size_t n_heads, size_t n_kv_heads,
@@ -145,6 +186,17 @@ void BindValues(py::module_& m) {
            py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("ffn_dim"), py::arg("vocab"),
            py::arg("context_tokens"), py::arg("norm_eps"), py::arg("rope_theta"),
            py::arg("rope_dim"), py::arg("rope_interleaved"));
+  py::class_<RowSpan>(m, "RowSpan", py::is_final())
+      .def(py::init(
+               [](uint64_t session, size_t start_position, size_t n_tokens, size_t want_logits) {
+                 return RowSpan{session, start_position, n_tokens, want_logits};
+               }),
+           py::arg("session"), py::arg("start_position"), py::arg("n_tokens"),
+           py::arg("want_logits"))
+      .def_readwrite("session", &RowSpan::session)
+      .def_readwrite("start_position", &RowSpan::start_position)
+      .def_readwrite("n_tokens", &RowSpan::n_tokens)
+      .def_readwrite("want_logits", &RowSpan::want_logits);
 }
 
 void BindEngine(py::module_& m) {
@@ -158,6 +210,82 @@ void BindEngine(py::module_& m) {
             return WithoutGil([&] { return ReadBandwidth(engine.pool, size_bytes, rounds); });
           },
           py::arg("size_bytes") = 268435456, py::arg("rounds") = 3);
+}
+
+void BindShard(py::module_& m) {
+  // Whatever takes the shard's mutex gives the GIL away first: a forward may hold the mutex for
+  // seconds, and Python must go on meanwhile.
+  py::class_<Shard>(m, "Shard", py::is_final())
+      .def(py::init([](Engine& engine, const Config& config, size_t start, size_t stop, bool embeds,
+                       bool has_head, size_t kv_bytes, size_t max_sessions) {
+             const ShardPart part{start, stop, embeds, has_head, kv_bytes, max_sessions};
+             return WithoutGil([&] {
+               return std::make_unique<Shard>(engine.pool, engine.kernels, config, part);
+             });
+           }),
+           py::keep_alive<1, 2>(), py::arg("engine"), py::arg("config"), py::arg("start"),
+           py::arg("stop"), py::kw_only(), py::arg("embeds"), py::arg("has_head"),
+           py::arg("kv_bytes"), py::arg("max_sessions") = 256)
+      .def("matrices", MatricesOf)
+      .def(
+          "put_file",
+          [](Shard& shard, const std::string& name, const std::string& type_name, size_t rows,
+             size_t cols, const std::string& path, uint64_t offset_bytes) {
+            WithoutGil([&] { shard.PutFile(name, type_name, rows, cols, path, offset_bytes); });
+          },
+          py::arg("name"), py::arg("type_name"), py::arg("rows"), py::arg("cols"), py::arg("path"),
+          py::arg("offset_bytes"))
+      .def(
+          "put",
+          [](Shard& shard, const std::string& name, const std::string& type_name, size_t rows,
+             size_t cols, size_t first_row, const py::buffer& data) {
+            const HeldBuffer in(data, "data");
+            WithoutGil([&] {
+              shard.Put(name, type_name, rows, cols, first_row, in.bytes(), in.n_bytes());
+            });
+          },
+          py::arg("name"), py::arg("type_name"), py::arg("rows"), py::arg("cols"),
+          py::arg("first_row"), py::arg("data"))
+      .def("seal", [](Shard& shard) { WithoutGil([&] { shard.Seal(); }); })
+      .def(
+          "open",
+          [](Shard& shard, uint64_t session, size_t max_tokens) {
+            WithoutGil([&] { shard.Open(session, max_tokens); });
+          },
+          py::arg("session"), py::arg("max_tokens"))
+      .def(
+          "truncate",
+          [](Shard& shard, uint64_t session, size_t position) {
+            WithoutGil([&] { shard.Truncate(session, position); });
+          },
+          py::arg("session"), py::arg("position"))
+      .def(
+          "fork",
+          [](Shard& shard, uint64_t session, uint64_t new_session, size_t max_tokens) {
+            WithoutGil([&] { shard.Fork(session, new_session, max_tokens); });
+          },
+          py::arg("session"), py::arg("new_session"), py::arg("max_tokens"))
+      .def(
+          "close",
+          [](Shard& shard, uint64_t session) { WithoutGil([&] { shard.Close(session); }); },
+          py::arg("session"))
+      .def("forward", ForwardOf, py::arg("input"), py::arg("rows"), py::arg("output"))
+      .def("cancel", &Shard::Cancel)
+      .def_property_readonly("progress", &Shard::progress)
+      .def_property_readonly("shard_bytes", &Shard::shard_bytes)
+      .def_property_readonly("kv_bytes", &Shard::kv_bytes)
+      .def_property_readonly(
+          "scratch_bytes",
+          [](const Shard& shard) { return WithoutGil([&] { return shard.scratch_bytes(); }); })
+      .def_property_readonly(
+          "kv_used_bytes",
+          [](const Shard& shard) { return WithoutGil([&] { return shard.kv_used_bytes(); }); })
+      .def(
+          "length",
+          [](const Shard& shard, uint64_t session) {
+            return WithoutGil([&] { return shard.Length(session); });
+          },
+          py::arg("session"));
 }
 
 }  // namespace
@@ -182,6 +310,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("log_sum_exp", LogSumExpOf, py::arg("logits"));
   BindValues(m);
   BindEngine(m);
+  BindShard(m);
   m.def("matmul", MatMulOf, py::arg("engine"), py::arg("type_name"), py::arg("rows"),
         py::arg("cols"), py::arg("weights"), py::arg("x"), py::arg("out"));
   m.def(
