@@ -7,11 +7,12 @@ stderr, never a traceback. Exit codes: 0; 1 the work failed; 2 a wrong command l
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -44,9 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (sys.argv) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    with _log_to_file(logging.DEBUG) if debug else contextlib.nullcontext():
+        return _guarded(arguments, debug=debug)
+
+
+def _guarded(arguments: Sequence[str], *, debug: bool) -> int:
+    """Runs the command; whatever goes wrong becomes two lines and an exit code."""
     try:
-        if debug:
-            _log_everything(logging.DEBUG)
         code = _run(arguments)
         sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's exit
     except SystemExit as done:  # argparse printed its help
@@ -68,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _say_missing(error)
     except Exception as error:  # the outermost frame: people never see a traceback
-        _log_everything(logging.ERROR)  # no change if --debug has done so
-        logging.getLogger(__name__).exception("a defect")
+        with contextlib.nullcontext() if debug else _log_to_file(logging.ERROR):
+            logging.getLogger(__name__).exception("a defect")
         remedy = "please report it with the end of the log"
         _say(f"a defect in potluck: {type(error).__name__}: {error}", remedy, where=True)
         return FAILED
@@ -95,7 +100,7 @@ def parser_of(command: str) -> parser.Parser:
     return made
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--debug"]:
         arguments = arguments[1:]
     if not arguments:
@@ -118,8 +123,12 @@ def _run(arguments: list[str]) -> int:
     return int(module_of(command).run(made.read(rest)))
 
 
+def summary_of(command: str) -> str:
+    """What a command does, in one line."""
+    return _summary(module_of(command))
+
+
 def _summary(module: ModuleType) -> str:
-    """What the module says of its command in one line."""
     said = getattr(module, "HELP", None) or (module.__doc__ or "").strip().partition("\n")[0]
     return str(said)
 
@@ -128,7 +137,7 @@ def _overview() -> str:
     lines = ["usage: potluck COMMAND ...", "", "Run a language model on your machines together."]
     for group, names in COMMANDS.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {name:<12}{_summary(module_of(name)).rstrip('.')}" for name in names]
+        lines += [f"  {name:<12}{summary_of(name).rstrip('.')}" for name in names]
     lines += [
         "",
         "Options:",
@@ -182,9 +191,22 @@ def _log_file() -> Path:
     return running.state_folder() / "logs" / "potluck.log"
 
 
-def _log_everything(level: int) -> None:
+@contextlib.contextmanager
+def _log_to_file(level: int) -> Iterator[None]:
+    """The log also goes to a file, if there can be one; to nowhere otherwise."""
     path = _log_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        filename=path, level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s"
-    )
+    handler: logging.Handler = logging.NullHandler()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+        root.removeHandler(handler)
+        handler.close()

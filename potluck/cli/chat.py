@@ -132,15 +132,17 @@ class _Lines:
         self._pipe: asyncio.StreamReader | None = None
 
     async def read(self) -> str:
-        if self._pipe is None and not stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+        if self._pipe is None and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
             # Not a thread: Ctrl-C could not end one that waits for a line.
             self._pipe = asyncio.StreamReader(limit=4 * 1024 * 1024)
             protocol = asyncio.StreamReaderProtocol(self._pipe)
-            await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-        if self._pipe is None:
-            line = sys.stdin.buffer.readline()  # of a file: never waits for a person
-        else:
+            stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)  # closed at its end
+            await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, stdin)
+        if self._pipe is not None:
             line = await self._pipe.readline()
+        else:
+            line = sys.stdin.buffer.readline()  # of a file: never waits for a person
         if not line:
             raise EOFError
         return line.decode("utf-8", "replace")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from potluck.cli import quantities, terminal
 from potluck.cli.programs import Child, ChildDied
-from potluck.errors import PlanError, PotluckError
+from potluck.errors import PotluckError
 from potluck.rpc.options import DRAIN_SECONDS
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ class LocalCluster:
             await self._start_worker(f"w{i + 1}")
 
     async def until_serving(self, client: Client, board: terminal.Board) -> ServiceReport:
-        """Shows what everyone does until the service serves. Raises what a child says if one ends.
-
-        Also PlanError if the model fits on no plan and nobody else is expected.
+        """Shows what everyone does until the service serves. Raises what a child says if one ends:
+        the coordinator does if the model fits on no plan.
         """
         return await _while_alive(self._children, self._look(client, board))
 
@@ -121,8 +120,6 @@ class LocalCluster:
             board.show(view.lines(report, time.monotonic()))
             if report.is_serving:
                 return report
-            if report.state == "unserved" and len(self.workers) >= self.settings.workers:
-                raise PlanError(report.detail or "the workers here can't serve the model")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _keep_worker(self, client: Client, name: str) -> None:

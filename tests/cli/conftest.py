@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from potluck.rpc.options import server_options
 from potluck.rpc.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 
 Reply = inference_pb2.GenerateReply
@@ -135,7 +137,7 @@ def _link() -> inference_pb2.LinkStatus:
 @pytest.fixture
 def service() -> Iterator[FakeService]:
     """A fake service that runs; its address is in `.address`."""
-    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(ThreadPoolExecutor(8), options=server_options())
     fake = FakeService()
     inference_pb2_grpc.add_InferenceServicer_to_server(fake, server)
     fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -152,3 +154,9 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("CONNECT", "THREADS", "ISA", "OFFLINE"):
         monkeypatch.delenv(f"POTLUCK_{name}", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def potluck() -> list[str]:
+    """The command line as a process, whether its script is installed or not."""
+    return [sys.executable, "-c", "import sys, potluck.cli; sys.exit(potluck.cli.main())"]
