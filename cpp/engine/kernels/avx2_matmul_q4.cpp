@@ -57,7 +57,7 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       for (int t = 0; t < R; ++t) sum[t] = kHasMin ? _mm256_setzero_si256() : Seed(seeds + 4 * t);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
-        const __m256i both = LoadOnce(codes + 32 * v);
+        const __m256i both = Pin(Load(codes + 32 * v));
         const __m256i lo = _mm256_and_si256(both, low);
         const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 8
@@ -144,7 +144,7 @@ void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t 
     const uint8_t* d = record + b % g * kScaleBytes;
     const uint8_t* codes = record + shape.codes_offset + b % g * kBlockCodes;
     for (size_t v = 0; v < 4; ++v) {
-      const __m256i both = LoadOnce(codes + 32 * v);
+      const __m256i both = Pin(Load(codes + 32 * v));
       const __m256i lo = _mm256_and_si256(both, low);
       const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * v), lo);

@@ -14,7 +14,7 @@ constexpr size_t kRecordBytes = 1680;
 constexpr size_t kScalesOffset = 16;
 constexpr size_t kCodesOffset = 16 + 128;
 constexpr size_t kRunBytes = 192;  // 32 values of 8 rows: 4 vectors of nibbles, 2 of top bits
-constexpr size_t kPrefetchBytes = 1344;
+constexpr size_t kPrefetchBytes = 8192;
 
 // Codes of 4 values of k: the nibbles at bits 0-3 and field j of the tops.
 template <int J>
@@ -45,8 +45,10 @@ inline void AddSubBlock(__m256i (&total)[R], const uint8_t* run, const uint8_t* 
   const __m256i low = _mm256_set1_epi8(15);
   const __m256i tops = Load(run + 128 + 32 * Half);
   __m256i sum[R];
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) sum[t] = Seed(seeds + 4 * t);
   auto add = [&](__m256i codes, int v) {
+#pragma GCC unroll 8
     for (int t = 0; t < R; ++t) sum[t] = AddProducts(sum[t], codes, Broadcast(x + (v * R + t) * 4));
     POTLUCK_ORDER_LOADS();
   };
@@ -59,21 +61,25 @@ inline void AddSubBlock(__m256i (&total)[R], const uint8_t* run, const uint8_t* 
   add(JoinCodes<2>(nibbles(2), tops), 2);
   add(JoinCodes<3>(nibbles(3), tops), 3);
   const __m256i pairs = ScalePairs(scales);
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t)
     total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], pairs));
 }
 
 // One panel times R rows of a group, in one pass over the panel.
 template <int R>
-void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const RowGroup& group,
-                    float* out, size_t out_stride) {
+__attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data,
+                                              const RowGroup& group, float* out,
+                                              size_t out_stride) {
   const uint8_t* x = data + group.codes;
   const uint8_t* seeds = data + group.seeds;
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   __m256 acc[R];
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < k / 256; ++b, panel += kRecordBytes) {
     __m256i total[R];
+#pragma GCC unroll 8
     for (int t = 0; t < R; ++t) total[t] = _mm256_setzero_si256();
     const uint8_t* run = panel + kCodesOffset;
     const uint8_t* sub_scales = panel + kScalesOffset;
@@ -89,12 +95,14 @@ void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const R
       seeds += 8 * R;
     }
     const __m256 d = LoadHalves(panel);
+#pragma GCC unroll 8
     for (int t = 0; t < R; ++t) {
       const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(scales + t));
       acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[t]), scale, acc[t]);
     }
     scales += R;
   }
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
 }
 

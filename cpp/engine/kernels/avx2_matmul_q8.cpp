@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kBlockCodes = 256;  // bytes of a block of a panel: 8 rows of 32 codes
 constexpr size_t kScaleBytes = 16;   // f16 of 8 rows
-constexpr size_t kPrefetchBytes = 2048;
+constexpr size_t kPrefetchBytes = 8192;
 
 // Adds 8 rows' products of the codes at `w` and `w + 32` with 2 words of a row, each word 4 values
 // of k.
@@ -20,21 +20,23 @@ inline __m256i AddSigned(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256
   const __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
   const __m256i ones = _mm256_set1_epi16(1);
 #if defined(POTLUCK_MUTATION_DEPTH)
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(p0, p1), ones));  // one too deep
+  const __m256i both = _mm256_madd_epi16(_mm256_add_epi16(p0, p1), ones);  // one too deep
 #else
-  return _mm256_add_epi32(
-      sum, _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones)));
+  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(p0, ones), _mm256_madd_epi16(p1, ones));
 #endif
+  return Pin(_mm256_add_epi32(sum, both));
 }
 
 // One panel times R rows of a group, in one pass over the panel.
 template <int R>
-void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const RowGroup& group,
-                    float* out, size_t out_stride) {
+__attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data,
+                                              const RowGroup& group, float* out,
+                                              size_t out_stride) {
   const size_t g = RecordBlocks(k);
   const uint8_t* x = data + group.codes;
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   __m256 acc[R];
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < k / 32; b += g) {
     const uint8_t* d = panel;
@@ -44,10 +46,12 @@ void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const R
         _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes + line), _MM_HINT_T0);
       }
       __m256i sum[R];
+#pragma GCC unroll 8
       for (int t = 0; t < R; ++t) sum[t] = _mm256_setzero_si256();
       for (int v = 0; v < 8; v += 2) {
-        const __m256i w0 = Load(codes + 32 * v);
-        const __m256i w1 = Load(codes + 32 * v + 32);
+        const __m256i w0 = Pin(Load(codes + 32 * v));
+        const __m256i w1 = Pin(Load(codes + 32 * v + 32));
+#pragma GCC unroll 8
         for (int t = 0; t < R; ++t) {
           sum[t] = AddSigned(sum[t], w0, w1, Broadcast(x + (v * R + t) * 4),
                              Broadcast(x + ((v + 1) * R + t) * 4));
@@ -55,6 +59,7 @@ void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const R
         POTLUCK_ORDER_LOADS();
       }
       const __m256 dw = LoadHalves(d);
+#pragma GCC unroll 8
       for (int t = 0; t < R; ++t) {
         const __m256 scale = _mm256_mul_ps(dw, _mm256_broadcast_ss(scales + t));
         acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), scale, acc[t]);
@@ -66,6 +71,7 @@ void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data, const R
     }
     panel = codes;
   }
+#pragma GCC unroll 8
   for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
 }
 
