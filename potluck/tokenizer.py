@@ -41,7 +41,8 @@ class Tokenizer:
         """`chat_template` is the model's own, in Jinja, unchecked; None if it has none."""
         self.n_tokens = len(vocabulary.tokens)
         self.start_id = vocabulary.start_id
-        self.end_ids = vocabulary.end_ids
+        self.end_id = vocabulary.end_id  # the one that templates spell
+        self.end_ids = vocabulary.end_ids  # all that end an answer
         self.adds_start = vocabulary.adds_start
         self.chat_template = chat_template
         self._vocabulary = vocabulary

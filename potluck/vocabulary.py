@@ -47,6 +47,7 @@ class Vocabulary:
     kinds: Sequence[int] = field(repr=False)  # Kind, one a token
     special_ids: frozenset[int] = field(repr=False)  # never come out of a person's text
     start_id: int | None
+    end_id: int | None  # the one that templates spell; `end_ids` holds it and all others
     end_ids: frozenset[int]
     adds_start: bool
 
@@ -61,14 +62,23 @@ def read_vocabulary(file: GgufFile, *, adds_start: bool) -> Vocabulary:
     kinds = list(file.array("tokenizer.ggml.token_type", int))
     _check(file, tokens, kinds)
     start_id = _optional_id(file, "bos_token_id", len(tokens))
-    named = {i for key in _END_KEYS if (i := _optional_id(file, key, len(tokens))) is not None}
+    found = [_optional_id(file, key, len(tokens)) for key in _END_KEYS]
+    named = [i for i in found if i is not None]
     special = {i for i, kind in enumerate(kinds) if _is_special(tokens[i], kind)}
-    ends = named | {i for i in special if tokens[i] in _ENDS}
+    ends = set(named) | {i for i in special if tokens[i] in _ENDS}
     adds_start = file.flag("tokenizer.ggml.add_bos_token", default=adds_start)
     if adds_start and start_id is None:
         raise file.error("tokenizer.ggml.add_bos_token is true and bos_token_id is missing")
     special |= ends if start_id is None else ends | {start_id}
-    return Vocabulary(tokens, kinds, frozenset(special), start_id, frozenset(ends), adds_start)
+    return Vocabulary(
+        tokens,
+        kinds,
+        special_ids=frozenset(special),
+        start_id=start_id,
+        end_id=named[0] if named else None,
+        end_ids=frozenset(ends),
+        adds_start=adds_start,
+    )
 
 
 def _is_special(token: str, kind: int) -> bool:
