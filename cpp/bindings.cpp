@@ -171,8 +171,16 @@ std::vector<std::tuple<std::string, size_t, size_t>> MatricesOf(const Shard& sha
   return all;
 }
 
+// An ordinary Python class, with `type` for a metaclass: static properties, which pybind11's own
+// one is for, do not occur here.
+template <class T>
+py::class_<T> FinalClass(py::module_& m, const char* name) {
+  return py::class_<T>(m, name, py::is_final(),
+                       py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)));
+}
+
 void BindValues(py::module_& m) {
-  py::class_<Config>(m, "Config", py::is_final())
+  FinalClass<Config>(m, "Config")
       .def(py::init([](size_t dim, size_t n_layers, size_t n_heads, size_t n_kv_heads,
                        size_t head_dim, size_t ffn_dim, size_t vocab, size_t context_tokens,
                        double norm_eps, double rope_theta, size_t rope_dim, bool rope_interleaved) {
@@ -186,7 +194,7 @@ void BindValues(py::module_& m) {
            py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("ffn_dim"), py::arg("vocab"),
            py::arg("context_tokens"), py::arg("norm_eps"), py::arg("rope_theta"),
            py::arg("rope_dim"), py::arg("rope_interleaved"));
-  py::class_<RowSpan>(m, "RowSpan", py::is_final())
+  FinalClass<RowSpan>(m, "RowSpan")
       .def(py::init(
                [](uint64_t session, size_t start_position, size_t n_tokens, size_t want_logits) {
                  return RowSpan{session, start_position, n_tokens, want_logits};
@@ -200,7 +208,7 @@ void BindValues(py::module_& m) {
 }
 
 void BindEngine(py::module_& m) {
-  py::class_<Engine>(m, "Engine", py::is_final())
+  FinalClass<Engine>(m, "Engine")
       .def(py::init<size_t, const std::string&>(), py::arg("threads") = 0, py::arg("isa") = "auto")
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels.name; })
       .def_property_readonly("threads", [](const Engine& engine) { return engine.pool.threads(); })
@@ -215,7 +223,7 @@ void BindEngine(py::module_& m) {
 void BindShard(py::module_& m) {
   // Whatever takes the shard's mutex gives the GIL away first: a forward may hold the mutex for
   // seconds, and Python must go on meanwhile.
-  py::class_<Shard>(m, "Shard", py::is_final())
+  FinalClass<Shard>(m, "Shard")
       .def(py::init([](Engine& engine, const Config& config, size_t start, size_t stop, bool embeds,
                        bool has_head, size_t kv_bytes, size_t max_sessions) {
              const ShardPart part{start, stop, embeds, has_head, kv_bytes, max_sessions};

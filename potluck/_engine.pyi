@@ -1,11 +1,13 @@
 """The compiled engine. Imported by potluck/engine.py and by nothing else.
 
-Buffers are taken by the buffer protocol: C-contiguous, of the stated type and shape, never cast or copied; a wrong one
-raises. Each call that computes releases the GIL. Errors are those of potluck.errors, named at each call.
+Buffers are taken by the buffer protocol: C-contiguous, of the stated type and shape, never cast or
+copied; a wrong one raises UsageError. Each call that computes, waits or reads a file releases the
+GIL. Errors are those of potluck.errors, named at each call.
 """
 
-from collections.abc import Buffer  # stub only: Python 3.11 has no such name at run time
 from typing import final
+
+from typing_extensions import Buffer  # of the type checker: Python 3.11's collections.abc lacks it
 
 ISAS: tuple[str, ...]  # kernel tables compiled in, "scalar" first
 
@@ -29,16 +31,19 @@ class Engine:
     """Kernel table and thread pool; one a process. Close order: shards first."""
 
     def __init__(self, threads: int = 0, isa: str = "auto") -> None:
-        """threads 0: as many as affinity and cgroup quota allow. EngineError: an ISA unknown or lacking here.
+        """threads 0: as many as affinity and cgroup quota allow.
 
-        isa "auto" obeys POTLUCK_ISA, then takes the best.
+        isa "auto" obeys POTLUCK_ISA, then takes the best. EngineError: unknown or lacking here.
         """
     @property
     def isa(self) -> str: ...
     @property
     def threads(self) -> int: ...
     def read_bandwidth(self, size_bytes: int = 268435456, rounds: int = 3) -> float:
-        """Bytes/s that all threads together read from memory; best of `rounds` over an out-of-cache buffer."""
+        """Bytes/s that all threads together read from memory.
+
+        Best of `rounds` over a buffer that should be several times the last cache.
+        """
 
 @final
 class Config:
@@ -63,17 +68,25 @@ class Config:
 
 @final
 class RowSpan:
-    """Rows of one session in a batch: n_tokens tokens from start_position; the last want_logits of them want logits."""
+    """Rows of one session in a batch: n_tokens tokens from start_position.
+
+    The last want_logits of them want logits.
+    """
 
     session: int
     start_position: int
     n_tokens: int
     want_logits: int
-    def __init__(self, session: int, start_position: int, n_tokens: int, want_logits: int) -> None: ...
+    def __init__(
+        self, session: int, start_position: int, n_tokens: int, want_logits: int
+    ) -> None: ...
 
 @final
 class Shard:
-    """The weights of layers [start, stop), their KV pages, and one call a step. One thread at a time (a mutex)."""
+    """The weights of layers [start, stop), their KV pages, and one call a step.
+
+    One thread at a time (a mutex); cancel and progress are for any thread at any time.
+    """
 
     def __init__(
         self,
@@ -88,38 +101,54 @@ class Shard:
         max_sessions: int = 256,
     ) -> None: ...
     def matrices(self) -> list[tuple[str, int, int]]:
-        """(GGUF name, rows, cols) of every matrix and vector the span needs; vectors have one row."""
-    def put_file(self, name: str, type_name: str, rows: int, cols: int, path: str, offset_bytes: int) -> None:
-        """Reads one matrix from a file, slab by slab, into its packed place; page cache is dropped behind.
+        """(GGUF name, rows, cols) of every matrix and vector the span needs.
 
-        ModelError: not in the span, put twice, wrong shape, type not supported, file too short, scale not finite.
+        Vectors have one row. Without output.weight in the file, token_embd.weight takes its place.
         """
-    def put(self, name: str, type_name: str, rows: int, cols: int, first_row: int, data: Buffer) -> None:
+    def put_file(
+        self, name: str, type_name: str, rows: int, cols: int, path: str, offset_bytes: int
+    ) -> None:
+        """Reads one matrix from a file, slab by slab, into its packed place.
+
+        The page cache is dropped behind. ModelError: not in the span, put twice, wrong shape, type
+        not supported, file too short, a scale that is not finite.
+        """
+    def put(
+        self, name: str, type_name: str, rows: int, cols: int, first_row: int, data: Buffer
+    ) -> None:
         """The same from memory: whole rows from first_row on (a multiple of 8, or all)."""
     def seal(self) -> None:
         """Ends loading. ModelError names a matrix that is missing."""
     def open(self, session: int, max_tokens: int) -> None:
-        """Reserves pages for max_tokens positions. Full: no pages or places left. SessionError: id in use."""
+        """Reserves pages for max_tokens positions.
+
+        Full: no pages or places left. SessionError: id in use.
+        """
     def truncate(self, session: int, position: int) -> None:
         """The session then has at most `position` positions. UnknownSession."""
     def fork(self, session: int, new_session: int, max_tokens: int) -> None:
-        """new_session shares the pages written so far (copy on write). UnknownSession, Full, SessionError."""
+        """new_session shares the pages written so far (copy on write).
+
+        UnknownSession, Full, SessionError.
+        """
     def close(self, session: int) -> None:
         """Frees the session's pages; an unknown session is no error."""
     def forward(self, input: Buffer, rows: list[RowSpan], output: Buffer) -> list[float]:
         """One step. Seconds of each layer, the head's last if it has one.
 
-        input: int32 [n] token ids if the shard embeds, else f32 [n, dim]; n = sum of n_tokens. output: writable f32
-        [n, dim], or [sum of want_logits, vocab] if it has the head. Rows at or above a start_position are overwritten.
-        UnknownSession; SessionError: skips positions or beyond its room; FrameError: a value that is not finite (names the
-        layer); UsageError: a token id outside the vocabulary, a session twice; Cancelled. After an error no session
-        has changed its length.
+        input: int32 [n] token ids if the shard embeds, else f32 [n, dim]; n = sum of n_tokens.
+        output: writable f32 [n, dim], or [sum of want_logits, vocab] if it has the head. Rows at or
+        above a start_position are overwritten.
+
+        UnknownSession; SessionError: skips positions or beyond its room; FrameError: a value that
+        is not finite (names the layer); UsageError: a token id outside the vocabulary, a session
+        twice; Cancelled. After an error no session has changed its length.
         """
     def cancel(self) -> None:
-        """Makes a running forward stop between layers (Cancelled); without one it does nothing. Any thread."""
+        """Makes a running forward stop between layers (Cancelled); without one it does nothing."""
     @property
     def progress(self) -> int:
-        """Phases finished since start; read without the GIL's help from a running forward. Any thread."""
+        """Phases finished since the shard was made; rises during a forward."""
     @property
     def shard_bytes(self) -> int: ...
     @property
@@ -133,10 +162,18 @@ class Shard:
     def length(self, session: int) -> int:
         """Positions of the session now. UnknownSession."""
 
-def benchmark_matmul(engine: Engine, type_name: str, rows: int, cols: int, batch: int, rounds: int) -> float:
-    """Median seconds of one pass of seeded random weights [rows, cols] over `batch` rows, weights out of cache."""
+def benchmark_matmul(
+    engine: Engine, type_name: str, rows: int, cols: int, batch: int, rounds: int
+) -> float:
+    """Median seconds of one product of seeded random weights [rows, cols] with `batch` rows.
+
+    The weights come from memory, not from cache.
+    """
 
 def matmul(
     engine: Engine, type_name: str, rows: int, cols: int, weights: Buffer, x: Buffer, out: Buffer
 ) -> None:
-    """out[batch, rows] = x[batch, cols] . weights^T from file-layout bytes, for tests. f32 x and out."""
+    """out[batch, rows] = x[batch, cols] . weights^T; f32 x and out, weights as in a file.
+
+    For tests. ModelError, FrameError: weights or x that are not finite.
+    """
