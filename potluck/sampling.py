@@ -24,13 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from potluck.errors import FrameError, UsageError
 from potluck.rpc.v1 import types_pb2
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int] | npt.NDArray[np.int32]
@@ -40,12 +43,12 @@ _PREFIXES = (64, 1024, 16384)
 
 
 class Maths(Protocol):
-    """The engine's canonical functions: the same bits on every CPU."""
+    """The engine's canonical functions: the same bits on every CPU. Buffers are f32 [n]."""
 
-    def exp(self, values: Logits, out: Logits, /) -> None:
-        """out[i] = e ** values[i]; both [n]."""
+    def exp(self, values: Buffer, out: Buffer) -> None:
+        """out[i] = e ** values[i]."""
 
-    def log_sum_exp(self, logits: Logits, /) -> float:
+    def log_sum_exp(self, logits: Buffer) -> float:
         """ln(sum(e ** logits)), in f64."""
 
 
@@ -162,7 +165,7 @@ def pick(logits: Logits, sampling: Sampling, position: int, tokens: Tokens, math
         token = _draw(adjusted, float(adjusted[best]), sampling, position, maths)
     if sampling.logprobs is None:
         return Pick(token)
-    log_sum = maths.log_sum_exp(logits)
+    log_sum = maths.log_sum_exp(logits.data)
     top = _most_likely(logits, sampling.logprobs)
     return Pick(
         token,
@@ -280,7 +283,7 @@ def _weights(logits: Logits, largest: float, temperature: float, maths: Maths) -
     # e ** -104 is 0 in f32, denormals included; the floor keeps infinities out of the exponential.
     scaled32 = np.maximum(scaled, -104.0).astype(np.float32)
     weights = np.empty_like(scaled32)
-    maths.exp(scaled32, weights)
+    maths.exp(scaled32.data, weights.data)
     weights[scaled <= -104.0] = 0.0
     return weights
 

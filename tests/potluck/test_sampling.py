@@ -28,21 +28,21 @@ def f32(values: Sequence[float]) -> Logits:
 class PlainMaths:
     """Exponentials one value at a time, so that the reference can repeat them exactly."""
 
-    def exp(self, values: Logits, out: Logits) -> None:
-        out[:] = [math.exp(float(x)) for x in values]
+    def exp(self, values: Any, out: Any) -> None:
+        np.asarray(out)[:] = [math.exp(x) for x in values]
 
-    def log_sum_exp(self, logits: Logits) -> float:
-        return math.log(math.fsum(math.exp(float(x)) for x in logits))
+    def log_sum_exp(self, logits: Any) -> float:
+        return math.log(math.fsum(math.exp(x) for x in logits))
 
 
 class NumpyMaths(PlainMaths):
     """Fast enough for large vocabularies."""
 
-    def exp(self, values: Logits, out: Logits) -> None:
-        np.exp(values, out=out)
+    def exp(self, values: Any, out: Any) -> None:
+        np.exp(np.asarray(values), out=np.asarray(out))
 
-    def log_sum_exp(self, logits: Logits) -> float:
-        wide = logits.astype(np.float64)
+    def log_sum_exp(self, logits: Any) -> float:
+        wide = np.asarray(logits).astype(np.float64)
         return float(np.log(np.exp(wide - wide.max()).sum()) + wide.max())
 
 
@@ -64,7 +64,7 @@ def reference(logits: list[float], s: Sampling, position: int, tokens: Sequence[
         token = drawn(changed, order, s, position)
     if s.logprobs is None:
         return Pick(token)
-    log_sum = PlainMaths().log_sum_exp(np.array(raw, dtype=np.float32))
+    log_sum = PlainMaths().log_sum_exp(raw)
     ranked = sorted(range(len(raw)), key=lambda i: (-raw[i], i))[: s.logprobs]
     top = tuple((i, float(np.float32(raw[i] - log_sum))) for i in ranked)
     return Pick(token, float(np.float32(raw[token] - log_sum)), top)

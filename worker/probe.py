@@ -1,0 +1,169 @@
+"""What this machine offers: cores, memory, kernels, read bandwidth.
+
+Reads /proc and the cgroup files and keeps no state. Memory is the least of what the system can give
+without swapping, what the cgroup has left and what the person allowed. Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+BANDWIDTH_BYTES = 256 * 2**20  # read three times: out of every cache, and over in 0.1 s
+
+
+class Engine(Protocol):
+    """What the probe asks of potluck.engine.Engine."""
+
+    @property
+    def isa(self) -> str:
+        """Chosen kernel table."""
+
+    @property
+    def threads(self) -> int:
+        """Of the pool."""
+
+    def read_bandwidth(self, size_bytes: int = ..., rounds: int = ...) -> float:
+        """Bytes/s that all threads together read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What does not change while a worker runs."""
+
+    name: str
+    platform: str  # "linux x86_64"
+    cores: int
+    threads: int
+    isa: str
+    read_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of this process's machine, cgroup and `limit_bytes`; `root` is / but in tests."""
+
+    limit_bytes: int | None = None  # what the person allowed this worker
+    root: Path = Path("/")
+
+    def total_bytes(self) -> int:
+        """The most that this worker could ever have."""
+        limits = [limit for limit, _ in self._cgroups()]
+        if self.limit_bytes is not None:
+            limits.append(self.limit_bytes)
+        return min([self._meminfo()["MemTotal"], *limits])
+
+    def free_bytes(self) -> int:
+        """What more it may take now; never negative."""
+        left = [limit - used for limit, used in self._cgroups()]
+        if self.limit_bytes is not None:
+            left.append(self.limit_bytes - self.resident_bytes())
+        return max(0, min([self._meminfo()["MemAvailable"], *left]))
+
+    def resident_bytes(self) -> int:
+        """Of this process."""
+        pages = (self.root / "proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _meminfo(self) -> dict[str, int]:
+        """/proc/meminfo in bytes."""
+        lines = (self.root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        pairs = (line.split(":", 1) for line in lines if ":" in line)
+        return {key: 1024 * int(value.split()[0]) for key, value in pairs}
+
+    def _cgroups(self) -> Iterator[tuple[int, int]]:
+        """(limit, used) of each cgroup around this process that has a limit."""
+        for folder in cgroup_folders(self.root, "memory"):
+            for limit_name, used_name, cache in _MEMORY_FILES:
+                limit, used = _number(folder / limit_name), _number(folder / used_name)
+                # v1 says "no limit" with a number near 2^63.
+                if limit is not None and used is not None and limit < 2**60:
+                    yield limit, max(0, used - _statistic(folder / "memory.stat", cache))
+
+
+# Limit, use, and the part of the use that the system would give back at once: file pages.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def machine_of(engine: Engine, free_bytes: int, root: Path = Path("/")) -> Machine:
+    """Measures; takes 0.1 s. `free_bytes` bounds the buffer that the bandwidth is measured over."""
+    size_bytes = max(2**20, min(BANDWIDTH_BYTES, free_bytes // 4))
+    return Machine(
+        name=platform.node() or "unnamed",
+        platform=f"{platform.system().lower()} {platform.machine()}",
+        cores=cores(root),
+        threads=engine.threads,
+        isa=engine.isa,
+        read_bytes_per_second=engine.read_bandwidth(size_bytes, 3),
+    )
+
+
+def cores(root: Path = Path("/")) -> int:
+    """CPUs that affinity and the cgroup's quota allow; a part of one counts as one."""
+    count = len(os.sched_getaffinity(0))
+    for folder in cgroup_folders(root, "cpu"):
+        for quota in (_quota_v2(folder), _quota_v1(folder)):
+            if quota is not None:
+                count = min(count, max(1, -int(-quota // 1)))
+    return count
+
+
+def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the cgroups around this process, innermost first; v2 and v1.
+
+    In a container the path that the process sees may not exist below the mount; the mount does.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        folder = mount / path.lstrip("/")
+        while folder != mount and mount in folder.parents:
+            yield folder
+            folder = folder.parent
+        yield mount
+
+
+def _quota_v2(folder: Path) -> float | None:
+    words = _text(folder / "cpu.max").split()
+    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    """One line "name value" of a cgroup's statistics; 0 without it."""
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    """A file that holds one whole number; None for "max" and for no such file."""
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
