@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import inf
 
 from potluck.errors import UnknownWorker, UsageError, WorkerExists
 from potluck.plan import WorkerId, WorkerInfo
@@ -182,7 +183,7 @@ class Fleet:
 
     def stillest(self, ids: Iterable[WorkerId]) -> tuple[WorkerId, float]:
         """Of `ids`, at least one: whose engine stands still for longest; when one of all moved."""
-        moved = {id: w.progress_at if (w := self._workers.get(id)) else 0.0 for id in ids}
+        moved = {id: w.progress_at if (w := self._workers.get(id)) else -inf for id in ids}
         return min(moved, key=lambda id: moved[id]), max(moved.values())
 
     def note_load(self, id: WorkerId, done_bytes: int, total_bytes: int) -> None:

@@ -1,0 +1,188 @@
+"""Which workers there are, and how each of them is."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.fleet import FORGET_SECONDS, Fleet, Heartbeat, LinkFigures, WorkerState
+from potluck.errors import UnknownWorker, UsageError, WorkerExists
+from potluck.plan import WorkerId, WorkerInfo
+
+A, B = WorkerId("a"), WorkerId("b")
+READY = Heartbeat(WorkerState.READY)
+
+
+def info(address: str = "127.0.0.1:1", free: int = 1000) -> WorkerInfo:
+    return WorkerInfo(WorkerId(""), address, "avx2", 2, 2000, free, 1e9, "laptop")
+
+
+def fleet_of(*ids: str) -> Fleet:
+    fleet = Fleet()
+    for i, id in enumerate(ids):
+        fleet.register(id, info(f"127.0.0.1:{i + 1}"), instance=i + 1, now=0.0)
+    return fleet
+
+
+def test_a_worker_gets_the_id_it_wishes() -> None:
+    fleet = Fleet()
+    assert fleet.register("pi5-kitchen", info(), 1, 0.0) == ("pi5-kitchen", True)
+    assert [worker.id for worker in fleet.usable()] == ["pi5-kitchen"]
+
+
+def test_workers_without_a_wish_are_numbered() -> None:
+    fleet = fleet_of("w2")
+    assert fleet.register("", info("127.0.0.1:8"), 8, 0.0)[0] == "w1"
+    assert fleet.register("", info("127.0.0.1:9"), 9, 0.0)[0] == "w3"
+
+
+@pytest.mark.parametrize("wished", ["A", "a b", "x" * 33, "ä", "a_b"])
+def test_an_id_that_is_no_id_is_refused(wished: str) -> None:
+    with pytest.raises(UsageError, match="a-z"):
+        Fleet().register(wished, info(), 1, 0.0)
+
+
+def test_a_repeated_registration_changes_nothing() -> None:
+    fleet = fleet_of("a")
+    fleet.hear(A, 1, READY, 1.0)
+    assert fleet.register("a", info(), 1, 2.0) == (A, False)
+    assert fleet.workers()[0].state is WorkerState.READY
+    assert fleet.overdue(5.0, 4.0) == []
+
+
+def test_a_process_without_a_wish_keeps_its_number() -> None:
+    fleet = Fleet()
+    fleet.register("", info(), 7, 0.0)
+    assert fleet.register("", info(), 7, 1.0) == ("w1", False)
+
+
+def test_another_process_cannot_take_a_living_workers_id() -> None:
+    with pytest.raises(WorkerExists, match=r"127\.0\.0\.1:1"):
+        fleet_of("a").register("a", info("127.0.0.1:2"), 99, 1.0)
+
+
+def test_a_new_process_at_the_same_address_has_replaced_the_old_one() -> None:
+    fleet = fleet_of("a")
+    assert fleet.register("a", info(), 99, 1.0) == (A, True)
+    with pytest.raises(UnknownWorker):
+        fleet.hear(A, 1, READY, 1.5)
+
+
+def test_a_lost_workers_id_is_free_for_the_next_process() -> None:
+    fleet = fleet_of("a")
+    fleet.lose(A, "socket closed")
+    assert fleet.register("a", info("127.0.0.1:2"), 99, 1.0) == (A, True)
+    assert fleet.workers()[0].state is WorkerState.JOINING
+
+
+def test_a_worker_with_a_new_address_is_planned_anew() -> None:
+    assert fleet_of("a").register("a", info("127.0.0.1:2"), 1, 1.0) == (A, True)
+
+
+def test_a_worker_that_comes_back_offers_what_it_offered_before_it_loaded() -> None:
+    fleet = Fleet()
+    fleet.register("a", info(free=1000), 1, 0.0)
+    fleet.lose(A, "silent")
+    fleet.register("a", info(free=200), 1, 1.0)
+    assert fleet.usable()[0].memory_free_bytes == 1000
+
+
+def test_a_silent_worker_is_overdue_after_four_seconds() -> None:
+    fleet = fleet_of("a", "b")
+    fleet.hear(A, 1, READY, 3.0)
+    assert fleet.overdue(4.0, 4.0) == []
+    assert fleet.overdue(4.1, 4.0) == [B]
+
+
+def test_a_lost_worker_must_register_again() -> None:
+    fleet = fleet_of("a")
+    fleet.lose(A, "silent")
+    assert fleet.usable() == []
+    with pytest.raises(UnknownWorker, match="not registered"):
+        fleet.hear(A, 1, READY, 1.0)
+    assert fleet.workers()[0].lost_why == "silent"
+
+
+def test_a_lost_worker_stays_visible_for_ten_minutes() -> None:
+    fleet = fleet_of("a")
+    fleet.lose(A, "silent")
+    fleet.overdue(FORGET_SECONDS, 4.0)
+    assert len(fleet.workers()) == 1
+    fleet.overdue(FORGET_SECONDS + 1, 4.0)
+    assert fleet.workers() == []
+
+
+def test_a_heartbeat_of_a_stranger_is_refused() -> None:
+    with pytest.raises(UnknownWorker):
+        Fleet().hear(A, 1, READY, 0.0)
+    with pytest.raises(UnknownWorker):
+        fleet_of("a").hear(A, 2, READY, 0.0)
+
+
+def test_a_draining_worker_is_not_planned() -> None:
+    fleet = fleet_of("a", "b")
+    fleet.hear(A, 1, Heartbeat(WorkerState.DRAINING), 1.0)
+    assert [worker.id for worker in fleet.usable()] == ["b"]
+
+
+def test_a_worker_that_leaves_is_forgotten_at_once() -> None:
+    fleet = fleet_of("a")
+    assert not fleet.leave(A, 99)
+    assert fleet.leave(A, 1)
+    assert not fleet.leave(A, 1)
+    assert fleet.workers() == []
+
+
+def test_losing_a_stranger_is_no_error() -> None:
+    fleet = fleet_of("a")
+    fleet.lose(B, "never seen")
+    fleet.note_load(B, 1, 2)
+    assert len(fleet.usable()) == 1
+
+
+def test_the_stillest_engine_is_the_one_that_moved_longest_ago() -> None:
+    fleet = fleet_of("a", "b")
+    fleet.hear(A, 1, Heartbeat(WorkerState.READY, progress=5), 1.0)
+    fleet.hear(B, 2, Heartbeat(WorkerState.READY, progress=5), 1.0)
+    fleet.hear(A, 1, Heartbeat(WorkerState.READY, progress=5), 9.0)
+    fleet.hear(B, 2, Heartbeat(WorkerState.READY, progress=6), 9.0)
+    assert fleet.stillest([A, B]) == (A, 9.0)
+
+
+def test_a_worker_that_is_gone_is_the_stillest() -> None:
+    assert fleet_of("a").stillest([A, B])[0] == B
+
+
+def test_load_progress_is_kept_for_people() -> None:
+    fleet = fleet_of("a")
+    fleet.note_load(A, 30, 100)
+    worker = fleet.workers()[0]
+    assert (worker.load_done_bytes, worker.load_total_bytes) == (30, 100)
+
+
+def test_a_links_rate_is_the_mean_over_the_newest_heartbeats() -> None:
+    fleet = fleet_of("a")
+    worker = fleet.workers()[0]
+    assert worker.link_bytes_per_second == 0.0
+    for second in range(3):
+        link = LinkFigures("b", 0.001, sent_bytes=500 * second, activation_bytes=0)
+        fleet.hear(A, 1, Heartbeat(WorkerState.READY, link=link), float(second))
+    assert worker.link_bytes_per_second == 500.0
+
+
+def test_a_new_link_begins_its_rate_anew() -> None:
+    fleet = fleet_of("a")
+    worker = fleet.workers()[0]
+    for now, sent in ((1.0, 5000), (2.0, 100)):
+        link = LinkFigures("b", 0.001, sent_bytes=sent, activation_bytes=0)
+        fleet.hear(A, 1, Heartbeat(WorkerState.READY, link=link), now)
+    assert worker.link_bytes_per_second == 0.0
+    fleet.hear(A, 1, READY, 3.0)
+    assert worker.link_bytes_per_second == 0.0
+
+
+def test_two_heartbeats_at_the_same_moment_make_no_rate() -> None:
+    fleet = fleet_of("a")
+    for sent in (0, 100):
+        link = LinkFigures("b", 0.001, sent_bytes=sent, activation_bytes=0)
+        fleet.hear(A, 1, Heartbeat(WorkerState.READY, link=link), 1.0)
+    assert fleet.workers()[0].link_bytes_per_second == 0.0
