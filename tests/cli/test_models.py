@@ -1,0 +1,215 @@
+"""The commands about models: pull, list, show, rm and tokenize, on tiny files and no network."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potluck import catalogue, cli, gguf, tokenizer
+from potluck.download import OnProgress, Progress
+from potluck.errors import Unreachable
+from potluck.model import config_of, kv_bytes_per_token
+from potluck.plan import Span
+from potluck.testing import TinyShape, tiny_metadata, write_gguf, write_tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("POTLUCK_OFFLINE", "1")
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def tiny(cache: Path) -> Path:
+    """A model called `tiny`, put into the cache by hand."""
+    (cache / "tiny").mkdir(parents=True)
+    return write_tiny(cache / "tiny" / "tiny.gguf")
+
+
+def document(capsys: pytest.CaptureFixture[str], *line: str) -> Any:
+    """What a command prints with --json: one document, and nothing else."""
+    assert cli.main([*line, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return json.loads(said.out)
+
+
+def test_list_shows_what_is_here_and_what_can_be_pulled(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["list"]) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["name", "size", "where", "what"]
+    assert rows[0].startswith("smollm2  98.4 MB  potluck pull smollm2  SmolLM2-135M-Instruct")
+    assert rows[1].split()[0] == "tiny"
+    assert "here" in rows[1]
+    assert document(capsys, "list")[1] == {
+        "name": "tiny",
+        "is_here": True,
+        "size_bytes": tiny.stat().st_size,
+        "path": str(tiny),
+        "about": "",
+    }
+
+
+def test_show_tells_what_serving_would_take(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = document(capsys, "show", "tiny")
+    file = gguf.read(tiny)
+    config = config_of(file)
+    assert shown["architecture"] == "llama"
+    assert shown["problem"] == ""
+    assert shown["shape"]["n_layers"] == len(shown["shape"]["layer_bytes"]) == config.n_layers
+    assert shown["shape"]["kv_bytes_per_token"] == kv_bytes_per_token(config, Span(0, 2))
+    assert shown["weights_bytes"] == sum(shown["types"].values())
+    assert shown["weights_bytes"] == sum(t.size_bytes for t in file.tensors.values())
+    assert shown["n_tokens"] == config.vocab
+    assert cli.main(["show", str(tiny)]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "context        256 tokens",
+        "layers         2 of",
+        "a token",
+        "q4_0",
+        "421 tokens",
+    ):
+        assert words in said
+
+
+def test_show_says_why_a_model_cannot_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = dict(tiny_metadata(TinyShape())) | {"general.architecture": "mamba"}
+    path = write_gguf(tmp_path / "m.gguf", list(metadata.items()), [])
+    assert cli.main(["show", str(path)]) == 0
+    assert "not servable   architecture" in capsys.readouterr().out
+    assert document(capsys, "show", str(path))["shape"] is None
+
+
+def test_show_sends_no_escape_sequence_of_a_file_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = dict(tiny_metadata(TinyShape())) | {"general.name": "\x1b[31mred\x1b]0;title\x07\n"}
+    path = write_gguf(tmp_path / "m.gguf", list(metadata.items()), [])
+    assert cli.main(["show", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "\ufffd[31mred\ufffd]0;title\ufffd\ufffd\n" in said
+
+
+@pytest.mark.parametrize("vocabulary", ["bpe", "spm"])
+def test_tokenize_prints_the_ids(
+    vocabulary: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tiny(tmp_path / "t.gguf", TinyShape(vocabulary=vocabulary))
+    expected = tokenizer.load(gguf.read(path)).encode("hello <s>", add_start=True)
+    assert document(capsys, "tokenize", str(path), "hello <s>") == {"tokens": expected}
+    assert cli.main(["tokenize", str(path), "hello <s>"]) == 0
+    assert capsys.readouterr().out == " ".join(map(str, expected)) + "\n"
+
+
+def test_tokenize_works_on_a_vocabulary_alone_whatever_the_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = {k: v for k, v in tiny_metadata(TinyShape(vocabulary="spm")) if "tokenizer" in k}
+    metadata["general.architecture"] = "whatever"
+    path = write_gguf(tmp_path / "v.gguf", list(metadata.items()), [])
+    with_start = document(capsys, "tokenize", str(path), "hi")["tokens"]
+    without = document(capsys, "tokenize", str(path), "hi", "--no-bos")["tokens"]
+    assert with_start[1:] == without
+    assert without
+
+
+def test_tokenize_reads_stdin_for_a_dash(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "naïve\n\n日本 "
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    from_stdin = document(capsys, "tokenize", "tiny", "-")
+    assert from_stdin == document(capsys, "tokenize", "tiny", text)
+
+
+def test_tokenize_refuses_what_is_not_utf_8(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert cli.main(["tokenize", "tiny", "-"]) == 2
+    assert "the text is not UTF-8: byte 2" in capsys.readouterr().err
+    assert cli.main(["tokenize", "tiny", "a\udcff"]) == 2
+    assert "the text is not UTF-8: byte 1" in capsys.readouterr().err
+
+
+def test_rm_deletes_the_model_and_says_how_much_is_free_again(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size_bytes = tiny.stat().st_size
+    assert document(capsys, "rm", "tiny") == {"name": "tiny", "freed_bytes": size_bytes}
+    assert not tiny.exists()
+    assert cli.main(["rm", "tiny"]) == 1
+    assert "tiny is not on this machine" in capsys.readouterr().err
+
+
+def test_pull_prints_the_path_alone_on_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny(tmp_path / "t.gguf")
+
+    def pulled(name: str, on_progress: OnProgress) -> Path:
+        for done in range(0, 101, 20):
+            on_progress(Progress("downloading", done, 100))
+        on_progress(Progress("checking", 0, 0))
+        return path
+
+    monkeypatch.setattr(catalogue, "pull", pulled)
+    assert cli.main(["pull", "tiny"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{path}\n"
+    assert "tiny: downloading" in said.err
+    assert "tiny: checking" in said.err
+    assert cli.main(["pull", "tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"name": "tiny", "path": str(path), "size_bytes": path.stat().st_size}
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        (["pull", "../x"], 2, "'../x' is not a model name"),
+        (["pull", "x" * 300], 2, "is not a model name"),
+        (["pull", "nope"], 1, "no model is called nope"),
+        (["pull", "smollm2"], 2, "POTLUCK_OFFLINE"),
+        (["rm", "/etc/x"], 2, "'/etc/x' is not a model name"),
+        (["show", "nope"], 1, "no model is called nope"),
+        (["show", "./nope.gguf"], 1, "no such file"),
+        (["show", "smollm2"], 1, "smollm2 is not on this machine yet\n  potluck pull smollm2"),
+        (["tokenize", "smollm2", "x"], 1, "smollm2 is not on this machine yet"),
+        (["tokenize", "/dev/null", "x"], 1, "/dev/null"),
+        (["tokenize", "x"], 2, "TEXT is missing"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_what_to_do(
+    line: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert says in said.err
+    assert said.err.startswith("potluck: error: ")
+    assert said.err.count("\n") <= 2
+
+
+def test_a_network_that_fails_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str, on_progress: OnProgress) -> Path:
+        raise Unreachable("http://127.0.0.1:9/simple: refused", remedy="is the network up?")
+
+    monkeypatch.setattr(catalogue, "pull", unreachable)
+    assert cli.main(["pull", "smollm2"]) == 1
+    assert capsys.readouterr().err.endswith("refused\n  is the network up?\n")
