@@ -44,30 +44,34 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryNow:
+    """One reading. `free_bytes` is never negative."""
+
+    total_bytes: int  # the most that this worker could ever have
+    free_bytes: int  # what more it may take
+    resident_bytes: int  # of this process
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Memory of this process's machine, cgroup and `limit_bytes`; `root` is / but in tests."""
 
     limit_bytes: int | None = None  # what the person allowed this worker
     root: Path = Path("/")
 
-    def total_bytes(self) -> int:
-        """The most that this worker could ever have."""
-        limits = [limit for limit, _ in self._cgroups()]
-        if self.limit_bytes is not None:
-            limits.append(self.limit_bytes)
-        return min([self._meminfo()["MemTotal"], *limits])
-
-    def free_bytes(self) -> int:
-        """What more it may take now; never negative."""
-        left = [limit - used for limit, used in self._cgroups()]
-        if self.limit_bytes is not None:
-            left.append(self.limit_bytes - self.resident_bytes())
-        return max(0, min([self._meminfo()["MemAvailable"], *left]))
-
-    def resident_bytes(self) -> int:
-        """Of this process."""
+    def now(self) -> MemoryNow:
+        """Reads some small files of the system; takes 0.1 ms."""
+        system = self._meminfo()
         pages = (self.root / "proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        resident_bytes = int(pages) * os.sysconf("SC_PAGE_SIZE")
+        limits = list(self._cgroups())
+        if self.limit_bytes is not None:
+            limits.append((self.limit_bytes, resident_bytes))
+        return MemoryNow(
+            total_bytes=min([system["MemTotal"], *(limit for limit, _ in limits)]),
+            free_bytes=max(0, min([system["MemAvailable"], *(lim - used for lim, used in limits)])),
+            resident_bytes=resident_bytes,
+        )
 
     def _meminfo(self) -> dict[str, int]:
         """/proc/meminfo in bytes."""

@@ -72,7 +72,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.DescribeReply(
             hello=hello(),
             worker=self.name,
-            resources=self.resources(),
+            resources=await self.resources(),
             loaded=self.loaded(),
             progress=self.progress,
         )
@@ -124,8 +124,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """The engine's counter."""
         return self._stage.shard.progress if self._stage else 0
 
-    def resources(self) -> types_pb2.Resources:
+    async def resources(self) -> types_pb2.Resources:
         """What a shard and its KV may take: what is free, and what this one's shard would free."""
+        memory = await asyncio.to_thread(self.memory.now)
         held = self._stage.shard.shard_bytes if self._stage else 0
         return types_pb2.Resources(
             machine=self.machine.name,
@@ -133,8 +134,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             cores=self.machine.cores,
             threads=self.machine.threads,
             isa=self.machine.isa,
-            memory_bytes=self.memory.total_bytes(),
-            memory_free_bytes=self.memory.free_bytes() + held,
+            memory_bytes=memory.total_bytes,
+            memory_free_bytes=memory.free_bytes + held,
             read_bytes_per_second=self.machine.read_bytes_per_second,
         )
 
@@ -155,8 +156,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             sessions=len(stage.sessions),
         )
 
-    def heartbeat(self, instance: int) -> cluster_pb2.HeartbeatRequest:
+    async def heartbeat(self, instance: int) -> cluster_pb2.HeartbeatRequest:
         """How this worker is now."""
+        memory = await asyncio.to_thread(self.memory.now)
         stage = self._stage
         state = cluster_pb2.WORKER_STATE_READY if stage else cluster_pb2.WORKER_STATE_JOINING
         beat = cluster_pb2.HeartbeatRequest(
@@ -165,8 +167,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             state=cluster_pb2.WORKER_STATE_LOADING if self.is_loading else state,
             progress=self.progress,
             steps=self.n_steps + (stage.n_steps if stage else 0),
-            memory_free_bytes=self.memory.free_bytes(),
-            resident_bytes=self.memory.resident_bytes(),
+            memory_free_bytes=memory.free_bytes,
+            resident_bytes=memory.resident_bytes,
         )
         if stage is not None:
             beat.epoch = stage.epoch
@@ -234,7 +236,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             shard = kept
         else:
             kept = None  # its memory is freed before the new one's is taken
-            shard.check_memory(self.memory.free_bytes())
+            shard.check_memory((await asyncio.to_thread(self.memory.now)).free_bytes)
             async with contextlib.aclosing(self._fill(shard)) as progress:
                 async for message in progress:
                     yield message

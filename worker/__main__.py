@@ -1,0 +1,117 @@
+"""The program `potluck-worker`: wiring, signals, exit codes. Decides nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from potluck.errors import PotluckError, UsageError
+from worker.config import Settings, settings_of
+
+PROGRAM = "potluck-worker"
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs until a signal. 0: stopped cleanly; 1: it failed; 2: the command line was wrong."""
+    try:
+        settings = settings_of(arguments)
+    except UsageError as e:
+        return _explain(e, code=2)
+    error: PotluckError | None = None
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(serve(settings))
+    except* PotluckError as failed:
+        error = _first(failed)
+    return 0 if error is None else _explain(error, code=1)
+
+
+async def serve(settings: Settings) -> None:
+    """Measures the machine, opens the door, joins, and works until told to stop."""
+    # Only now: a wrong command line is answered without the engine, which may not be built.
+    from potluck.engine import Engine
+    from worker.membership import Membership
+    from worker.probe import Memory, machine_of
+    from worker.server import Worker, open_door
+
+    told = asyncio.Event()
+    _listen(told, stop_with_stdin=settings.stop_with_stdin)
+    memory = Memory(settings.memory_bytes)
+    engine = await asyncio.to_thread(Engine, settings.threads, settings.isa)
+    free_bytes = memory.now().free_bytes
+    machine = await asyncio.to_thread(machine_of, engine, free_bytes)
+    async with asyncio.TaskGroup() as tasks:
+        worker = Worker(engine, machine, memory, tasks)
+        try:
+            async with open_door(worker, settings.host, settings.port) as address:
+                membership = Membership(
+                    worker,
+                    settings.coordinator,
+                    settings.token,
+                    settings.name,
+                    address,
+                    lambda: _announce(worker.name, address),
+                )
+                staying = tasks.create_task(membership.run(), name="membership")
+                await told.wait()
+                staying.cancel()
+                await asyncio.gather(staying, return_exceptions=True)
+                await membership.leave()
+        finally:
+            await worker.close()
+
+
+def _announce(name: str, address: str) -> None:
+    line = json.dumps({"worker": name, "address": address, "pid": os.getpid()})
+    print(line, flush=True)  # noqa: T201  the one line on stdout
+
+
+def _listen(told: asyncio.Event, *, stop_with_stdin: bool) -> None:
+    """Sets `told` at a signal or at the end of standard input."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if told.is_set():
+            os._exit(_INTERRUPTED)  # the second one: at once
+        told.set()
+
+    def on_stdin() -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            loop.remove_reader(sys.stdin.fileno())
+            told.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    if stop_with_stdin:
+        try:
+            loop.add_reader(sys.stdin.fileno(), on_stdin)
+        except PermissionError:  # a file or /dev/null: there is nobody at the other end
+            told.set()
+
+
+def _first(group: BaseExceptionGroup[PotluckError]) -> PotluckError:
+    """The first error of a group of groups."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _explain(error: PotluckError, *, code: int) -> int:
+    """Two lines for people; the exit code."""
+    print(f"{PROGRAM}: error: {error.message}", file=sys.stderr)  # noqa: T201  for people
+    if error.remedy:
+        print(f"  {error.remedy}", file=sys.stderr)  # noqa: T201  for people
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
