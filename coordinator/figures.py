@@ -70,8 +70,8 @@ class Figures:
         return sum(n for _, n in self._tokens) / seconds
 
     def stage_seconds(self, stage: int) -> StageSeconds:
-        """Medians over the newest decode steps; zeros before the first."""
-        seen = self._stages[stage]
+        """Medians over the newest decode steps; zeros before the first, or while the plan loads."""
+        seen = self._stages[stage] if stage < len(self._stages) else ()
         if not seen:
             return StageSeconds()
         return StageSeconds(

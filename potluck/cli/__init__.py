@@ -1,4 +1,4 @@
-"""The command line. Only `main` is here: `import potluck.cli.list` would hide a name `list`."""
+"""The command line: one module a command; command_line finds and runs them."""
 
 from potluck.cli.command_line import main
 

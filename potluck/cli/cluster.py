@@ -153,8 +153,7 @@ class _View:
 
     def lines(self, report: ServiceReport, now: float) -> list[terminal.Line]:
         here = {worker.id: worker for worker in report.workers}
-        joined = f"{len(here)} of {quantities.count(report.expected_workers, 'worker')}"
-        told = ", ".join(t for t in (report.detail, joined, _since(self._started)) if t)
+        told = ", ".join(t for t in (report.detail, _since(self._started)) if t)
         lines = [terminal.Line("service", report.state, note=told)]
         for name in sorted({*self._local, *here}):
             worker = here.get(name)

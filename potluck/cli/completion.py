@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _options() -> dict[str, list[str]]:
     """The long options of each command."""
-    from potluck import cli
+    from potluck.cli import command_line as cli
 
     return {
         name: [o for o in cli.parser_of(name).option_strings() if o.startswith("--")]

@@ -155,7 +155,7 @@ def prompt_run(loaded: Loaded, test: Test) -> Callable[[], float]:
         for at in range(0, n, CHUNK_ROWS):
             chunk = ids[at : at + CHUNK_ROWS]
             last = int(at + len(chunk) == n)
-            shard.forward(chunk, [RowSpan(1, at, len(chunk), last)], logits[:last])
+            shard.forward(chunk.data, [RowSpan(1, at, len(chunk), last)], logits[:last].data)
         seconds = time.perf_counter() - started
         shard.close(1)
         return seconds
@@ -181,7 +181,7 @@ def generate_run(loaded: Loaded, test: Test) -> Callable[[], float]:
         started = time.perf_counter()
         for at, step in enumerate(ids):
             spans = [RowSpan(session + 1, at, 1, 1) for session in range(rows)]
-            shard.forward(step, spans, logits)
+            shard.forward(step.data, spans, logits.data)
         seconds = time.perf_counter() - started
         for session in range(rows):
             shard.close(session + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from potluck import cli
+from potluck.cli import command_line as cli
 from potluck.cli import generate, status
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from potluck import cli
+from potluck.cli import command_line as cli
 from potluck.rpc.v1 import inference_pb2
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from potluck import cli
+from potluck.cli import command_line as cli
 
 if TYPE_CHECKING:
     from tests.cli.conftest import FakeService

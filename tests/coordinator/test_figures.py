@@ -45,6 +45,10 @@ def test_a_new_pipeline_begins_without_timings() -> None:
     assert figures.stage_seconds(1) == StageSeconds()
 
 
+def test_a_plan_that_still_loads_has_no_timings() -> None:
+    assert Figures().stage_seconds(2) == StageSeconds()
+
+
 def test_timings_that_do_not_name_every_stage_are_left_out() -> None:
     figures = Figures()
     figures.begin(2)
