@@ -19,6 +19,12 @@ bool RunsAvx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
+
+bool RunsAvx512Vnni() {
+  return RunsAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 struct Isa {
@@ -32,6 +38,8 @@ const auto& Isas() {
       Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()}, RunsScalar},
 #if defined(POTLUCK_X86)
       Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
+      Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx2AttentionTable()},
+          RunsAvx512Vnni},
 #endif
   };
   return isas;

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "check.h"
+#include "engine/isa.h"
 #include "engine/kernels/matmul_table.h"
 #include "weights.h"
 
@@ -20,10 +21,9 @@ constexpr float kUntouched = -12345.0f;
 
 std::vector<const MatMulTable*> Tables() {
   std::vector<const MatMulTable*> tables = {ScalarMatMulTable()};
-#if defined(POTLUCK_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    tables.push_back(Avx2MatMulTable());
-#endif
+  for (const std::string& isa : AvailableIsas()) {
+    if (isa != "scalar") tables.push_back(ChooseTable(isa).matmul);
+  }
   return tables;
 }
 

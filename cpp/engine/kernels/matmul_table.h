@@ -78,5 +78,7 @@ struct MatMulTable {
 const MatMulTable* ScalarMatMulTable();
 // Defined where POTLUCK_X86 is; the CPU must have AVX2, FMA and F16C.
 const MatMulTable* Avx2MatMulTable();
+// The same; needs AVX-512 F, BW, DQ, VL and VNNI too.
+const MatMulTable* Avx512VnniMatMulTable();
 
 }  // namespace potluck
