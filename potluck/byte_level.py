@@ -10,9 +10,10 @@ went in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from potluck.cursor import shown
 from potluck.errors import UsageError
 from potluck.gguf import GgufFile
 from potluck.vocabulary import Kind, Vocabulary
@@ -98,10 +99,10 @@ def _build(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     name = _ALIASES.get(pre, pre)
     if name not in _PATTERNS:
         known = ", ".join(_PATTERNS)
-        raise file.error(f"tokenizer.ggml.pre {pre!r} is not supported ({known})")
-    merges = [_merge(file, merge) for merge in file.array("tokenizer.ggml.merges", str)]
+        raise file.error(f"tokenizer.ggml.pre {shown(repr(pre))} is not supported ({known})")
     # A special token is not in what merges may make: so no text whatever becomes one.
     usable = {t: i for i, t in enumerate(vocabulary.tokens) if i not in vocabulary.special_ids}
+    merges = [_merge(file, merge, usable) for merge in file.array("tokenizer.ggml.merges", str)]
     try:
         import tokenizers
     except ImportError as error:
@@ -116,7 +117,7 @@ def _build(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     try:
         model = tokenizers.models.BPE(usable, merges, ignore_merges=name in _WORDS_FIRST)
     except Exception as error:
-        raise file.error(f"the merges do not fit the tokens: {error}") from error
+        raise file.error(f"the merges do not fit the tokens: {shown(str(error))}") from error
     built = tokenizers.Tokenizer(model)
     built.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [*cuts, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -124,10 +125,15 @@ def _build(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     return built
 
 
-def _merge(file: GgufFile, merge: str) -> tuple[str, str]:
+def _merge(file: GgufFile, merge: str, usable: Mapping[str, int]) -> tuple[str, str]:
+    """The two tokens, checked: tokenizers 0.23.3 panics if what they make is no token."""
     left, _, right = merge.partition(" ")
     if not left or not right or " " in right:
-        raise file.error(f"the merge {merge!r} does not name two tokens")
+        raise file.error(f"the merge {shown(repr(merge))} does not name two tokens")
+    if missing := next((t for t in (left, right, left + right) if t not in usable), None):
+        raise file.error(
+            f"the merge {shown(repr(merge))} needs {shown(repr(missing))}, which is no plain token"
+        )
     return left, right
 
 

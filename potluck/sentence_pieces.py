@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from potluck.cursor import shown
 from potluck.errors import UsageError
 from potluck.gguf import GgufFile
 from potluck.vocabulary import Kind, Vocabulary
@@ -65,7 +66,9 @@ def _build(file: GgufFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiec
     try:
         processor.LoadFromSerializedProto(_model_message(vocabulary, scores))
     except (RuntimeError, TypeError) as error:
-        raise file.error(f"the tokens are no SentencePiece vocabulary: {error}") from error
+        raise file.error(
+            f"the tokens are no SentencePiece vocabulary: {shown(str(error))}"
+        ) from error
     return processor
 
 
@@ -77,7 +80,7 @@ def _check(file: GgufFile, vocabulary: Vocabulary, n_scores: int) -> None:
     expected = {f"<0x{byte:02X}>" for byte in range(256)}
     found = [t for t, k in zip(vocabulary.tokens, vocabulary.kinds, strict=True) if k == Kind.BYTE]
     if wrong := next((t for t in found if t not in expected), None):
-        raise file.error(f"the byte token {wrong!r} is not one of <0x00> to <0xFF>")
+        raise file.error(f"the byte token {shown(repr(wrong))} is not one of <0x00> to <0xFF>")
     if found and len(found) != 256:
         raise file.error(f"{len(found)} byte tokens, expected 256 or none")
     if (n := list(vocabulary.kinds).count(Kind.UNKNOWN)) != 1:

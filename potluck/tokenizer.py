@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from potluck.byte_level import ByteLevelCodec, starts_by_default
+from potluck.cursor import shown
 from potluck.errors import UsageError
 from potluck.gguf import GgufFile
 from potluck.sentence_pieces import SentencePieceCodec
@@ -162,7 +163,7 @@ def load(file: GgufFile) -> Tokenizer:
         vocabulary = read_vocabulary(file, adds_start=True)
         codec = SentencePieceCodec(file, vocabulary)
     else:
-        raise file.error(f"tokenizer.ggml.model {kind!r} is not supported (gpt2, llama)")
+        raise file.error(f"tokenizer.ggml.model {shown(repr(kind))} is not supported (gpt2, llama)")
     key = "tokenizer.chat_template"
     return Tokenizer(vocabulary, codec, file.text(key) if key in file.metadata else None)
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from potluck.cursor import shown
 from potluck.gguf import GgufFile
 
 TOKENS_LIMIT = 1 << 20  # the largest known vocabulary has 262,144
@@ -95,10 +96,12 @@ def _check(file: GgufFile, tokens: Sequence[str], kinds: Sequence[int]) -> None:
         raise file.error(f"tokenizer.ggml.token_type has {len(kinds):,} elements for {n:,} tokens")
     if not set(kinds) <= set(Kind):
         i = next(i for i, kind in enumerate(kinds) if kind not in set(Kind))
-        raise file.error(f"token {i} ({tokens[i]!r}) is of the type {kinds[i]}, expected 1 to 6")
+        raise file.error(
+            f"token {i} ({shown(repr(tokens[i]))}) is of the type {kinds[i]}, expected 1 to 6"
+        )
     if len(set(tokens)) != n:
         token, times = Counter(tokens).most_common(1)[0]
-        raise file.error(f"the tokenizer has the token {token!r} {times} times")
+        raise file.error(f"the tokenizer has the token {shown(repr(token))} {times} times")
     expected = _rows_of_the_model(file)
     if expected not in (None, n):
         raise file.error(f"the tokenizer has {n:,} tokens, the model {expected:,}")

@@ -56,5 +56,8 @@ def models() -> list[Row]:
     }
     for found in catalogue.cached():
         about = rows[found.name].about if found.name in rows else ""
-        rows[found.name] = Row(found.name, True, found.size_bytes, str(found.path), about)  # noqa: FBT003  a field
+        path = str(found.path)
+        rows[found.name] = Row(
+            found.name, is_here=True, size_bytes=found.size_bytes, path=path, about=about
+        )
     return [rows[name] for name in sorted(rows)]

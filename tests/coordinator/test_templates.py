@@ -256,6 +256,17 @@ def test_the_child_ends_with_its_input() -> None:
         assert child.wait(10) == 0
 
 
+def test_a_child_in_the_middle_of_a_bomb_ends_without_its_parent_too() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps({"template": BOMB}).encode() + b"\n")
+        child.stdin.write(json.dumps({"messages": []}).encode() + b"\n")
+        child.stdin.close()
+        assert child.wait(20) == -signal.SIGPROF
+
+
 async def test_a_missing_jinja_is_one_line_with_the_install_to_type(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
