@@ -45,7 +45,7 @@ struct Pieces {
 // A balance of even shares, streaming and caches.
 Pieces PiecesOf(const Step& step, const Matrix& matrix, size_t n_rows) {
   const bool is_narrow = n_rows <= kNarrowRows;
-  const size_t panels = is_narrow ? 1 : 2;  // the product of many rows takes them in pairs
+  const size_t panels = is_narrow ? 2 : kPanelsAtOnce;  // what the kernels take in one go
   const size_t even = matrix.n_panels() / (kPiecesPerThread * step.pool.threads());
   const size_t most = is_narrow ? kPieceWeightBytes / matrix.panel_bytes()
                                 : kPieceBytes / (n_rows * kPanelRows * sizeof(float));
