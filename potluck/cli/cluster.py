@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potluck.cli import quantities, terminal
+from potluck.cli import logs, quantities, terminal
 from potluck.cli.programs import Child, ChildDied
+from potluck.cli.stopping import StopSignals
 from potluck.errors import PotluckError
 from potluck.rpc.options import DRAIN_SECONDS
 
@@ -49,6 +51,7 @@ class LocalCluster:
     address: str = ""  # of the public door, when the coordinator is bound
     coordinator: Child | None = None
     workers: dict[str, Child] = field(default_factory=dict)
+    log: Path | None = None  # what the children say
 
     @property
     def pids(self) -> dict[str, int]:
@@ -58,6 +61,24 @@ class LocalCluster:
     @property
     def _children(self) -> list[Child]:
         return [c for c in (self.coordinator, *self.workers.values()) if c is not None]
+
+    @contextlib.asynccontextmanager
+    async def stopped_in_the_end(self) -> AsyncIterator[StopSignals]:
+        """Ends all children when the block ends, also when a signal ends it (which is swallowed).
+
+        An error that says nothing of what to do names the children's log.
+        """
+        with logs.of_children() as self.log, StopSignals() as signals:
+            try:
+                yield signals
+            except asyncio.CancelledError:
+                if not signals.received:
+                    raise
+            except PotluckError as error:
+                error.remedy = error.remedy or f"the log is {self.log}"
+                raise
+            finally:
+                await self.stop()
 
     async def start(self) -> None:
         """Starts the coordinator, and when it is bound the workers; does not wait for these.

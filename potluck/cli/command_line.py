@@ -12,11 +12,10 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 
-from potluck.cli import parser
+from potluck.cli import logs, parser
 from potluck.errors import Cancelled, PotluckError, UsageError
 
 # In the order in which people meet them.
@@ -27,9 +26,8 @@ COMMANDS = {
     "Measure": ("bench",),
     "Set up": ("completion",),
 }
-# A module `list` would become this package's attribute, and hide the builtin from this file.
+# A module `list` would become an attribute of the package that hides the builtin.
 _MODULES = {"list": "list_models"}
-_MODULES = {"list": "list_models"}  # as potluck.cli.list it would hide the builtin
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 # Packages of the extra [server]; a worker's machine does without them.
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (sys.argv) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    with _log_to_file(logging.DEBUG) if debug else contextlib.nullcontext():
+    with logs.everything(logging.DEBUG) if debug else contextlib.nullcontext():
         return _guarded(arguments, debug=debug)
 
 
@@ -76,7 +74,7 @@ def _guarded(arguments: Sequence[str], *, debug: bool) -> int:
     except ModuleNotFoundError as error:
         return _say_missing(error)
     except Exception as error:  # the outermost frame: people never see a traceback
-        with contextlib.nullcontext() if debug else _log_to_file(logging.ERROR):
+        with contextlib.nullcontext() if debug else logs.everything(logging.ERROR):
             logging.getLogger(__name__).exception("a defect")
         remedy = "please report it with the end of the log"
         _say(f"a defect in potluck: {type(error).__name__}: {error}", remedy, where=True)
@@ -176,7 +174,7 @@ def _say(message: str, remedy: str, *, where: bool) -> None:
     if remedy:
         print(f"  {remedy}", file=sys.stderr)
     if where:
-        print(f"  log: {_log_file()}", file=sys.stderr)
+        print(f"  log: {logs.debug_file()}", file=sys.stderr)
 
 
 def _say_missing(error: ModuleNotFoundError) -> int:
@@ -186,30 +184,3 @@ def _say_missing(error: ModuleNotFoundError) -> int:
     else:
         _say(f"{error}", "pip install --force-reinstall potluck", where=False)
     return FAILED
-
-
-def _log_file() -> Path:
-    from potluck.cli import running
-
-    return running.state_folder() / "logs" / "potluck.log"
-
-
-@contextlib.contextmanager
-def _log_to_file(level: int) -> Iterator[None]:
-    """The log also goes to a file, if there can be one; to nowhere otherwise."""
-    path = _log_file()
-    handler: logging.Handler = logging.NullHandler()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(level)
-    try:
-        yield
-    finally:
-        root.setLevel(before)
-        root.removeHandler(handler)
-        handler.close()

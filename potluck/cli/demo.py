@@ -8,7 +8,6 @@ import sys
 
 from potluck.cli import fetching, quantities, streaming, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
-from potluck.cli.stopping import StopSignals
 from potluck.replies import AnswerOptions, Done, Message, ServiceReport
 
 HELP = "Three workers on this machine, a real model, an answer"
@@ -47,27 +46,21 @@ async def _show(settings: ClusterSettings, prompt: str, max_tokens: int) -> int:
     from potluck.client import Client
 
     cluster = LocalCluster(settings)
-    with StopSignals() as signals:
-        try:
-            await cluster.start()
-            async with Client(cluster.address) as client:
-                with terminal.board() as board:
-                    await cluster.until_serving(client, board)
-                terminal.note(
-                    f"{settings.model} on {quantities.count(settings.workers, 'worker')}, "
-                    f"each with its own layers; the coordinator is at {cluster.address}\n"
-                )
-                print(f"> {prompt}\n", flush=True)
-                answer = streaming.Answer()
-                options = AnswerOptions(temperature=0.0, max_tokens=max_tokens)
-                await streaming.stream(client.chat([Message("user", prompt)], options), answer)
-                assert answer.done is not None  # a stream ends with Done or raises
-                _print_stages(await client.status(), answer.done)
-        except asyncio.CancelledError:
-            if not signals.received:
-                raise
-        finally:
-            await cluster.stop()
+    async with cluster.stopped_in_the_end() as signals:
+        await cluster.start()
+        async with Client(cluster.address) as client:
+            with terminal.board() as board:
+                await cluster.until_serving(client, board)
+            terminal.note(
+                f"{settings.model} on {quantities.count(settings.workers, 'worker')}, "
+                f"each with its own layers; the coordinator is at {cluster.address}\n"
+            )
+            print(f"> {prompt}\n", flush=True)
+            answer = streaming.Answer()
+            options = AnswerOptions(temperature=0.0, max_tokens=max_tokens)
+            await streaming.stream(client.chat([Message("user", prompt)], options), answer)
+            assert answer.done is not None  # a stream ends with Done or raises
+            _print_stages(await client.status(), answer.done)
     return 130 if signals.received else 0
 
 

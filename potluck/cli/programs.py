@@ -24,6 +24,7 @@ from typing import Self
 from potluck.errors import PotluckError, UsageError
 
 log = logging.getLogger(__name__)
+lines = logging.getLogger(f"{__name__}.lines")  # what children say on stderr
 
 WRONG_COMMAND_LINE = 2  # exit code
 LAST_LINES = 20  # of a child's stderr, kept to say why it died
@@ -156,4 +157,4 @@ class Child:
         while line := await self._process.stderr.readline():
             text = line.decode("utf-8", "replace").rstrip()
             self._last.append(text)
-            log.info("%s: %s", self.name, text)
+            lines.info("%s: %s", self.name, text)

@@ -12,7 +12,6 @@ from pathlib import Path
 from potluck.cli import fetching, programs, running, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
 from potluck.cli.join import add_machine_options
-from potluck.cli.stopping import StopSignals
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
 
 HELP = "Serve a model, on this machine or with others"
@@ -86,24 +85,17 @@ async def _serve(settings: ClusterSettings, name: str, *, as_json: bool) -> int:
 
     cluster = LocalCluster(settings)
     served = False
-    with StopSignals() as signals:
-        try:
-            await cluster.start()
-            here = running.RunningCluster(os.getpid(), cluster.address, name)
-            with running.announced(here):
-                async with Client(cluster.address) as client:
-                    _tell_how_to_join(cluster)
-                    with terminal.board() as board:
-                        await cluster.until_serving(client, board)
-                    served = True
-                    _tell_ready(cluster, name, as_json=as_json)
-                    await cluster.keep(client)
-        except asyncio.CancelledError:
-            if not signals.received:
-                raise
-            terminal.note("stopping; again to stop at once")
-        finally:
-            await cluster.stop()
+    async with cluster.stopped_in_the_end() as signals:
+        await cluster.start()
+        here = running.RunningCluster(os.getpid(), cluster.address, name)
+        with running.announced(here):
+            async with Client(cluster.address) as client:
+                _tell_how_to_join(cluster)
+                with terminal.board() as board:
+                    await cluster.until_serving(client, board)
+                served = True
+                _tell_ready(cluster, name, as_json=as_json)
+                await cluster.keep(client)
     return 0 if served or not signals.interrupted else 130
 
 
@@ -123,6 +115,6 @@ def _tell_ready(cluster: LocalCluster, name: str, *, as_json: bool) -> None:
         }
         print(json.dumps(ready), flush=True)
         return
-    terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it")
+    terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it, the log is {cluster.log}")
     terminal.note(f"  potluck chat --connect {cluster.address}")
     terminal.note(f"  potluck generate --connect {cluster.address} {shlex.quote(EXAMPLE)}")
