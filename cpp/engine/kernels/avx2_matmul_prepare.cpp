@@ -57,9 +57,17 @@ void PutFloat(uint8_t* array, size_t index, float value) {
 
 // The 8 words of 32 codes, `step` words apart.
 void PutCodes(uint8_t* at, size_t step, __m256i codes) {
-  alignas(32) int words[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(words), codes);
-  for (size_t i = 0; i < 8; ++i) PutWord(at, i * step, words[i]);
+  if (step == 1) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), codes);
+  const __m128i low = _mm256_castsi256_si128(codes);
+  const __m128i high = _mm256_extracti128_si256(codes, 1);
+  PutWord(at, 0, _mm_cvtsi128_si32(low));
+  PutWord(at, step, _mm_extract_epi32(low, 1));
+  PutWord(at, 2 * step, _mm_extract_epi32(low, 2));
+  PutWord(at, 3 * step, _mm_extract_epi32(low, 3));
+  PutWord(at, 4 * step, _mm_cvtsi128_si32(high));
+  PutWord(at, 5 * step, _mm_extract_epi32(high, 1));
+  PutWord(at, 6 * step, _mm_extract_epi32(high, 2));
+  PutWord(at, 7 * step, _mm_extract_epi32(high, 3));
 }
 
 // Each 16 codes (a lane of 128 bits) as the pair (S01, S23), in every word of the lane.
@@ -69,54 +77,65 @@ __m256i PairSums(__m256i codes) {
   return _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0xb1));
 }
 
-bool PrepareBlocks32(const float* x, size_t k, const RowGroup& group, size_t lane, uint8_t* dst) {
-  for (size_t b = 0; b < k / 32; ++b) {
-    const __m256i lanes = LargestOf32(x + 32 * b, _mm256_setzero_si256());
-    const int largest = LargestLane(lanes);
+// Where the words of one row lie: word j of an array at [j * step]. Copies, for the compiler must
+// assume that a store of bytes changes what it reaches by reference.
+struct Places {
+  size_t step;
+  uint8_t* codes;
+  uint8_t* scales;
+  uint8_t* sums;
+  uint8_t* seeds;
+};
+
+Places PlacesOf(const RowGroup& group, size_t lane, uint8_t* dst) {
+  uint8_t* const row = dst + 4 * lane;
+  return {group.rows, row + group.codes, row + group.scales, row + group.sums, row + group.seeds};
+}
+
+bool PrepareBlocks32(const float* x, size_t k, Places to) {
+  for (size_t b = 0; b < k / 32; ++b, x += 32) {
+    const int largest = LargestLane(LargestOf32(x, _mm256_setzero_si256()));
     if (largest >= kInfinityBits) return false;
     const bool is_tiny = largest < kTinyBits;
     const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest)));
     const float d = is_tiny ? 0.0f : amax / 127.0f;
-    const __m256i codes =
-        is_tiny ? _mm256_setzero_si256() : Quantize32(x + 32 * b, kCodeRange / amax);
-    PutCodes(dst + group.codes + (b * 8 * group.rows + lane) * 4, group.rows, codes);
+    const __m256i codes = is_tiny ? _mm256_setzero_si256() : Quantize32(x, kCodeRange / amax);
+    PutCodes(to.codes + 32 * b * to.step, to.step, codes);
     const __m256i halves = PairSums(codes);
     const __m128i pair =
         _mm_add_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
     const int sum = _mm_cvtsi128_si32(_mm_madd_epi16(pair, _mm_set1_epi16(1)));
-    const size_t at = b * group.rows + lane;
-    PutFloat(dst + group.scales, at, d);
-    PutFloat(dst + group.sums, at, d * static_cast<float>(sum));
-    PutWord(dst + group.seeds, at, _mm_cvtsi128_si32(_mm_mullo_epi16(pair, _mm_set1_epi16(-8))));
+    PutFloat(to.scales, b * to.step, d);
+    PutFloat(to.sums, b * to.step, d * static_cast<float>(sum));
+    PutWord(to.seeds, b * to.step, _mm_cvtsi128_si32(_mm_mullo_epi16(pair, _mm_set1_epi16(-8))));
   }
   return true;
 }
 
-bool PrepareBlocks256(const float* x, size_t k, const RowGroup& group, size_t lane, uint8_t* dst) {
+bool PrepareBlocks256(const float* x, size_t k, Places to) {
   for (size_t b = 0; b < k / 256; ++b) {
-    const float* block = x + 256 * b;
     __m256i lanes = _mm256_setzero_si256();
-    for (size_t i = 0; i < 256; i += 32) lanes = LargestOf32(block + i, lanes);
+    for (size_t i = 0; i < 256; i += 32) lanes = LargestOf32(x + i, lanes);
     const int largest = LargestLane(lanes);
     if (largest >= kInfinityBits) return false;
     const bool is_tiny = largest < kTinyBits;
     const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest)));
     const float r = is_tiny ? 0.0f : kCodeRange / amax;
-    PutFloat(dst + group.scales, b * group.rows + lane, is_tiny ? 0.0f : amax / 127.0f);
-    for (size_t i = 0; i < 8; ++i) {
-      const __m256i codes = Quantize32(block + 32 * i, r);  // r = 0: zeros
-      const size_t word = (b * 64 + i * 8) * group.rows + lane;
-      PutCodes(dst + group.codes + word * 4, group.rows, codes);
+    PutFloat(to.scales, b * to.step, is_tiny ? 0.0f : amax / 127.0f);
+    for (size_t i = 0; i < 8; ++i, x += 32) {
+      const __m256i codes = Quantize32(x, r);  // r = 0: zeros
+      PutCodes(to.codes, to.step, codes);
       const __m256i seeds = _mm256_mullo_epi16(PairSums(codes), _mm256_set1_epi16(-32));
-      uint8_t* to = dst + group.seeds + ((b * 16 + i * 2) * group.rows + lane) * 4;
-      PutWord(to, 0, _mm_cvtsi128_si32(_mm256_castsi256_si128(seeds)));
-      PutWord(to, group.rows, _mm_cvtsi128_si32(_mm256_extracti128_si256(seeds, 1)));
+      PutWord(to.seeds, 0, _mm_cvtsi128_si32(_mm256_castsi256_si128(seeds)));
+      PutWord(to.seeds, to.step, _mm_cvtsi128_si32(_mm256_extracti128_si256(seeds, 1)));
+      to.codes += 32 * to.step;
+      to.seeds += 8 * to.step;
     }
   }
   return true;
 }
 
-bool PrepareFloats(const float* x, size_t k, const RowGroup& group, size_t lane, uint8_t* dst) {
+bool PrepareFloats(const float* x, size_t k, Places to) {
   __m256i lanes = _mm256_setzero_si256();
   size_t i = 0;
   for (; i + 32 <= k; i += 32) lanes = LargestOf32(x + i, lanes);
@@ -127,7 +146,7 @@ bool PrepareFloats(const float* x, size_t k, const RowGroup& group, size_t lane,
     bits &= 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
-  for (i = 0; i < k; ++i) PutFloat(dst + group.codes, i * group.rows + lane, x[i]);
+  for (i = 0; i < k; ++i) PutFloat(to.codes, i * to.step, x[i]);
   return largest < kInfinityBits;
 }
 
@@ -135,13 +154,14 @@ bool PrepareFloats(const float* x, size_t k, const RowGroup& group, size_t lane,
 
 bool Prepare(Grain grain, const float* x, size_t k, const RowGroup& group, size_t lane,
              uint8_t* dst) {
+  const Places to = PlacesOf(group, lane, dst);
   switch (grain) {
     case Grain::kFloat:
-      return PrepareFloats(x, k, group, lane, dst);
+      return PrepareFloats(x, k, to);
     case Grain::kBlock32:
-      return PrepareBlocks32(x, k, group, lane, dst);
+      return PrepareBlocks32(x, k, to);
     case Grain::kBlock256:
-      return PrepareBlocks256(x, k, group, lane, dst);
+      return PrepareBlocks256(x, k, to);
   }
   return false;
 }
