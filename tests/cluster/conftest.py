@@ -55,7 +55,9 @@ class Cluster:
 
     address: str
     coordinator: subprocess.Popen[str]
+    logs: Path
     workers: list[subprocess.Popen[str]] = field(default_factory=list)
+    commands: list[tuple[str, ...]] = field(default_factory=list)  # of the workers
 
     def status(self) -> ServiceReport:
         async def ask() -> ServiceReport:
@@ -85,6 +87,17 @@ class Cluster:
 
     def answer(self, prompt: str, options: AnswerOptions) -> Answer:
         return self.answers([prompt], options)[0]
+
+    def start_worker(self, *command: str) -> None:
+        log = self.logs / f"{self.address.replace(':', '-')}-w{len(self.workers)}.log"
+        worker, _ = start_program(log, *command)
+        self.workers.append(worker)
+        self.commands.append(command)
+
+    def restart_worker(self, number: int) -> None:
+        """Starts a worker again that has ended, with the same command."""
+        log = self.logs / f"{self.address.replace(':', '-')}-w{number}-again.log"
+        self.workers[number], _ = start_program(log, *self.commands[number])
 
     def stop(self) -> None:
         for process in [self.coordinator, *self.workers]:
@@ -148,16 +161,14 @@ def start_cluster(tmp_path: Path) -> Iterator[StartCluster]:
             *("--grpc-port", "0", "--fleet-port", "0", "--workers", str(workers)),
             *("--prefill-chunk", str(chunk), *options),
         )
-        cluster = Cluster(str(said["grpc"]), coordinator)
+        cluster = Cluster(str(said["grpc"]), coordinator, tmp_path)
         running.append(cluster)
         for i in range(workers):
-            worker, _ = start_program(
-                tmp_path / f"worker-{number}-{i}.log",
+            cluster.start_worker(
                 program("potluck-worker"),
                 *("--coordinator", cluster.address, "--name", f"w{i}", "--port", "0"),
                 *("--threads", str(threads), *worker_options),
             )
-            cluster.workers.append(worker)
         if wait:
             cluster.wait_until(lambda report: report.is_serving, "service")
         return cluster

@@ -111,10 +111,11 @@ def test_a_client_that_goes_away_frees_its_session_everywhere(
 
 
 def test_a_lost_worker_ends_streams_with_its_layers_named_and_service_comes_back(
-    start_cluster: Any, smollm2: Path, tmp_path: Path
+    start_cluster: Any, smollm2: Path
 ) -> None:
     cluster = start_cluster(smollm2, workers=2)
     victim = cluster.workers[1]
+    epoch = cluster.status().epoch
 
     async def lose() -> PotluckError:
         async with Client(cluster.address) as client:
@@ -135,18 +136,10 @@ def test_a_lost_worker_ends_streams_with_its_layers_named_and_service_comes_back
     report = cluster.wait_until(lambda r: r.state == "unserved", "word of the loss")
     assert "w1" in report.detail
 
-    victim.wait()
-    from_ready = cluster.status().epoch
-    restarted = subprocess.Popen(
-        [*[str(a) for a in victim.args], "--stop-with-stdin"][: len(victim.args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "again.log").open("w"),
-        text=True,
-    )
-    cluster.workers[1] = restarted
+    victim.communicate()
+    cluster.restart_worker(1)
     after = cluster.wait_until(lambda r: r.is_serving, "service again")
-    assert after.epoch > from_ready
+    assert after.epoch > epoch
     assert cluster.answer("The capital of France is", GREEDY).done.answer_tokens == 64
 
 

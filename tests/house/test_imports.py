@@ -27,6 +27,7 @@ DECISIONS = [
 ]
 MAY_IMPORT_GRPC = {
     "potluck/client.py",
+    "coordinator/loading.py",
     "coordinator/pipeline.py",
     "coordinator/grpc_server.py",
     "coordinator/__main__.py",
