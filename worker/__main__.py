@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as e:
         return _explain(e, code=2)
     error: PotluckError | None = None
+    # gRPC tells its own log of every connection that ends; ours says what matters.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.basicConfig(
         stream=sys.stderr,
         level=settings.log_level.upper(),

@@ -86,7 +86,7 @@ class Rig:
     def stub(self, i: int) -> Any:
         return worker_pb2_grpc.WorkerStub(self.channels[i])
 
-    def load_request(self, i: int, span: tuple[int, int], epoch: int, **more: Any) -> Any:
+    def load_request(self, i: int, span: tuple[int, int], epoch: int, /, **more: Any) -> Any:
         file = gguf.read(self.model)
         is_last = span[1] == SHAPE.n_layers
         to = ("", self.fleet_address) if is_last else (f"w{i + 1}", self.addresses[i + 1])
