@@ -99,7 +99,7 @@ async def _answer(client: Client, talk: Conversation, text: str) -> None:
     """Streams one answer and remembers the turn. Ctrl-C stops it: the session ends everywhere."""
     answer = streaming.Answer()
     events = client.chat(talk.asked(text), talk.options)
-    work = asyncio.ensure_future(streaming.stream(events, answer))
+    work = asyncio.ensure_future(streaming.stream(events, answer, wrapped=True))
     loop = asyncio.get_running_loop()
     stopped = False
 

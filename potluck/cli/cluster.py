@@ -86,21 +86,24 @@ class LocalCluster:
         Raises what the coordinator says if it ends before.
         """
         s = self.settings
-        self.coordinator = await Child.start(
-            "coordinator",
-            "potluck-coordinator",
-            s.model,
-            *("--workers", str(s.workers), *s.coordinator_options),
-        )
-        self.address = str((await self.coordinator.ready()).get("grpc", ""))
+        with terminal.board() as board:
+            board.show([terminal.Line("service", "starting")])
+            self.coordinator = await Child.start(
+                "coordinator",
+                "potluck-coordinator",
+                s.model,
+                *("--workers", str(s.workers), *s.coordinator_options),
+            )
+            self.address = str((await self.coordinator.ready()).get("grpc", ""))
         for i in range(s.local_workers):
             await self._start_worker(f"w{i + 1}")
 
-    async def until_serving(self, client: Client, board: terminal.Board) -> ServiceReport:
+    async def until_serving(self, client: Client) -> ServiceReport:
         """Shows what everyone does until the service serves. Raises what a child says if one ends:
         the coordinator does if the model fits on no plan.
         """
-        return await _while_alive(self._children, self._look(client, board))
+        with terminal.board() as board:
+            return await _while_alive(self._children, self._look(client, board))
 
     async def keep(self, client: Client) -> None:
         """Runs until cancelled. A worker that dies is started again; raises if that does not help,

@@ -49,16 +49,16 @@ async def _show(settings: ClusterSettings, prompt: str, max_tokens: int) -> int:
     async with cluster.stopped_in_the_end() as signals:
         await cluster.start()
         async with Client(cluster.address) as client:
-            with terminal.board() as board:
-                await cluster.until_serving(client, board)
+            await cluster.until_serving(client)
             terminal.note(
                 f"{settings.model} on {quantities.count(settings.workers, 'worker')}, "
-                f"each with its own layers; the coordinator is at {cluster.address}\n"
+                f"each with its own layers:\n"
             )
             print(f"> {prompt}\n", flush=True)
             answer = streaming.Answer()
             options = AnswerOptions(temperature=0.0, max_tokens=max_tokens)
-            await streaming.stream(client.chat([Message("user", prompt)], options), answer)
+            events = client.chat([Message("user", prompt)], options)
+            await streaming.stream(events, answer, wrapped=True)
             assert answer.done is not None  # a stream ends with Done or raises
             _print_stages(await client.status(), answer.done)
     return 130 if signals.received else 0

@@ -91,8 +91,7 @@ async def _serve(settings: ClusterSettings, name: str, *, as_json: bool) -> int:
         with running.announced(here):
             async with Client(cluster.address) as client:
                 _tell_how_to_join(cluster)
-                with terminal.board() as board:
-                    await cluster.until_serving(client, board)
+                await cluster.until_serving(client)
                 served = True
                 _tell_ready(cluster, name, as_json=as_json)
                 await cluster.keep(client)

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from potluck.cli import quantities, terminal
+from potluck.cli.wrapping import Wrapper
 from potluck.replies import AnswerEvent, Done, Piece, Prefill, Token
 
 SHORT_SECONDS = 0.5  # a wait that nobody needs to be told about
@@ -24,12 +25,18 @@ class Answer:
 
 
 async def stream(
-    events: AsyncGenerator[AnswerEvent, None], answer: Answer, *, shown: bool = True
+    events: AsyncGenerator[AnswerEvent, None],
+    answer: Answer,
+    *,
+    shown: bool = True,
+    wrapped: bool = False,
 ) -> None:
     """Fills `answer`, and writes its text to stdout as it comes if `shown`.
 
-    On an error or a cancellation `answer` holds what came before; the line is ended in any case.
+    `wrapped`: on a terminal lines break between words. On an error or a cancellation `answer` holds
+    what came before; the line is ended in any case.
     """
+    wrapper = Wrapper(terminal.columns(sys.stdout) if wrapped else 0)
     async with aclosing(events):
         with _waiting() as wait:
             try:
@@ -41,12 +48,14 @@ async def stream(
                         answer.text += event.text
                         answer.tokens.extend(event.tokens)
                         if shown:
-                            print(event.text, end="", flush=True)
+                            text = wrapper.push(event.text) if wrapped else event.text
+                            print(text, end="", flush=True)
                     else:
                         answer.done = event
             finally:
-                if shown and answer.text and not answer.text.endswith("\n"):
-                    print(flush=True)
+                if shown and answer.text:
+                    end = "" if answer.text.endswith("\n") else "\n"
+                    print(wrapper.finish() + end, end="", flush=True)
 
 
 def speed(done: Done) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,11 @@ def is_live(stream: TextIO) -> bool:
         and os.environ.get("TERM", "dumb") != "dumb"
         and importlib.util.find_spec("rich") is not None
     )
+
+
+def columns(stream: TextIO) -> int:
+    """Width of the terminal behind `stream`; 0 if it is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else 0
 
 
 def note(text: str) -> None:
