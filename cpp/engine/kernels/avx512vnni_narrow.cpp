@@ -5,7 +5,38 @@ namespace potluck {
 namespace avx512vnni {
 namespace {
 
-constexpr size_t kPrefetchBytes = 8192;
+constexpr size_t kPrefetchBytes = 4096;  // in each of the two panels
+
+// Fetches both panels kPrefetchBytes ahead of the place that is read, and at their end the next
+// two: the bytes behind the first panel are the second one's.
+class Prefetch {
+ public:
+  Prefetch(const PanelShape& shape, const uint8_t* panel)
+      : panel_bytes_(shape.panel_bytes),
+        block_bytes_(shape.record_bytes / shape.record_blocks),
+        left_bytes_(shape.panel_bytes - kPrefetchBytes % shape.panel_bytes),
+        at_(panel + kPrefetchBytes + kPrefetchBytes / shape.panel_bytes * shape.panel_bytes) {}
+
+  void NextBlock() {
+    for (size_t line = 0; line < block_bytes_; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(at_ + line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at_ + panel_bytes_ + line), _MM_HINT_T0);
+    }
+    at_ += block_bytes_;
+    if (left_bytes_ > block_bytes_) {
+      left_bytes_ -= block_bytes_;
+      return;
+    }
+    left_bytes_ += panel_bytes_ - block_bytes_;
+    at_ += panel_bytes_;
+  }
+
+ private:
+  size_t panel_bytes_;
+  size_t block_bytes_;
+  size_t left_bytes_;  // of the panel, from at_ on
+  const uint8_t* at_;
+};
 
 inline __m512i LoadTwo(const uint8_t* first, const uint8_t* second) {
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
@@ -68,6 +99,7 @@ __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_
   const uint8_t* seeds = data + group.seeds;
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   const float* sums = reinterpret_cast<const float*>(data + group.sums);
+  Prefetch prefetch(shape, panel);
   __m512 acc[R];
 #pragma GCC unroll 8
   for (int t = 0; t < R; ++t) acc[t] = _mm512_setzero_ps();
@@ -75,11 +107,7 @@ __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_
     const uint8_t* d = panel;
     const uint8_t* codes = panel + shape.codes_offset;
     for (size_t i = 0; i < shape.record_blocks; ++i) {
-      for (size_t line = 0; line < Type::kCodeBytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes + line), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(codes + apart + kPrefetchBytes + line),
-                     _MM_HINT_T0);
-      }
+      prefetch.NextBlock();
       __m512i sum[R];
 #pragma GCC unroll 8
       for (int t = 0; t < R; ++t) sum[t] = Seed<Type>(seeds + 4 * t);
