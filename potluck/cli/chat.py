@@ -116,13 +116,13 @@ async def _answer(client: Client, talk: Conversation, text: str) -> None:
     except asyncio.CancelledError:
         if not stopped:
             raise
-        terminal.note("(stopped)")
+        terminal.aside("(stopped)")
     finally:
         if interactive:
             loop.remove_signal_handler(signal.SIGINT)
     talk.answered(text, answer.text)
     if answer.done is not None:
-        terminal.note(f"({streaming.speed(answer.done)})")
+        terminal.aside(f"({streaming.speed(answer.done)})")
 
 
 class _Lines:

@@ -10,7 +10,8 @@ from potluck.errors import UsageError
 from potluck.replies import AnswerOptions, Message
 
 HELP = """\
-/set NAME VALUE   change how answers are made; /set alone shows it; VALUE "default" takes it back
+/set NAME VALUE   how answers are made, such as temperature 0.2; VALUE may be default
+/set              what differs from the defaults
 /system TEXT      what the model is told to be; without TEXT: nothing
 /reset            forget the conversation
 /help             this

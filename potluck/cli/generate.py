@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_report(answer, answer.done, options), ensure_ascii=False))
     elif sys.stderr.isatty():
-        terminal.note(f"({streaming.speed(answer.done)})")
+        terminal.aside(f"({streaming.speed(answer.done)})")
     return 0
 
 

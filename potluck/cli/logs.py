@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from potluck.cli import programs, running
+from potluck.cli import running
 
+CHILDREN = logging.getLogger("potluck.children")  # what programs that we started say
 KEPT_FILES = 10  # of earlier clusters, the newest
 
 
@@ -39,7 +40,7 @@ def of_children() -> Iterator[Path]:
         files = sorted(folder().glob("cluster-*.log"), key=lambda f: f.stat().st_mtime)
         for old in files[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
-    with _written(programs.lines, path, logging.INFO, "%(message)s"):
+    with _written(CHILDREN, path, logging.INFO, "%(message)s"):
         yield path
 
 

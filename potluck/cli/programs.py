@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from potluck.cli.logs import CHILDREN
 from potluck.errors import PotluckError, UsageError
 
 log = logging.getLogger(__name__)
-lines = logging.getLogger(f"{__name__}.lines")  # what children say on stderr
 
 WRONG_COMMAND_LINE = 2  # exit code
 LAST_LINES = 20  # of a child's stderr, kept to say why it died
@@ -157,4 +157,4 @@ class Child:
         while line := await self._process.stderr.readline():
             text = line.decode("utf-8", "replace").rstrip()
             self._last.append(text)
-            lines.info("%s: %s", self.name, text)
+            CHILDREN.info("%s: %s", self.name, text)

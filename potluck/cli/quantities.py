@@ -20,7 +20,9 @@ def memory(n_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time for people: "0:52", "1:03:20"; below ten seconds with a tenth: "3.4 s"."""
+    """Time for people: "1:03:20", "0:52", "3.4 s", "34 ms"."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -114,6 +114,7 @@ def _tell_ready(cluster: LocalCluster, name: str, *, as_json: bool) -> None:
         }
         print(json.dumps(ready), flush=True)
         return
-    terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it, the log is {cluster.log}")
+    terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it")
     terminal.note(f"  potluck chat --connect {cluster.address}")
     terminal.note(f"  potluck generate --connect {cluster.address} {shlex.quote(EXAMPLE)}")
+    terminal.aside(f"  (log: {cluster.log})")

@@ -94,7 +94,7 @@ def _parts(stage: StageReport) -> tuple[float, float, float, float]:
 
 
 def _worker_table(workers: tuple[WorkerReport, ...]) -> terminal.Table:
-    columns = ("worker", "state", "address", "isa", "threads", "memory", "free", "reads", "seen")
+    columns = ("worker", "state", "address", "isa", "threads", "free", "reads", "seen")
     rows = tuple(
         (
             w.id,
@@ -102,7 +102,6 @@ def _worker_table(workers: tuple[WorkerReport, ...]) -> terminal.Table:
             w.address,
             w.isa,
             str(w.threads),
-            quantities.memory(w.memory_bytes),
             quantities.memory(w.memory_free_bytes),
             f"{quantities.size(w.read_bytes_per_second)}/s",
             quantities.duration(w.seen_seconds),

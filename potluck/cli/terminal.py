@@ -61,6 +61,11 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def aside(text: str) -> None:
+    """A line that matters less, on stderr: dim on a terminal."""
+    note(f"\x1b[2m{text}\x1b[0m" if is_live(sys.stderr) else text)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One thing that is waited for. `total` 0: no bar."""
@@ -255,7 +260,13 @@ def _print_drawn(table: Table, out: TextIO) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    drawn = RichTable(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # two blanks between columns: eight columns fit in 80
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
     for name in table.columns:
         drawn.add_column(name, justify="right" if name in table.right else "left")
     for row in table.rows:
