@@ -5,25 +5,29 @@ copied; a wrong one raises UsageError. Each call that computes, waits or reads a
 GIL. Errors are those of potluck.errors, named at each call.
 """
 
-from typing import final
+from typing import Any, TypeAlias, final
 
+import numpy as np
 from typing_extensions import Buffer  # of the type checker: Python 3.11's collections.abc lacks it
+
+# numpy's arrays are buffers everywhere; its stubs say so from Python 3.12 on.
+_Buffer: TypeAlias = Buffer | np.ndarray[Any, Any]
 
 ISAS: tuple[str, ...]  # kernel tables compiled in, "scalar" first
 
 def available_isas() -> tuple[str, ...]:
     """Those of ISAS that this CPU can run."""
 
-def crc32c(data: Buffer) -> int:
+def crc32c(data: _Buffer) -> int:
     """CRC-32C (Castagnoli) of the bytes; RFC 3720, appendix B.4: of 32 zero bytes 0x8A9136AA."""
 
 def block_layout(type_name: str) -> tuple[int, int]:
     """(values a block, bytes a block) of a weight type such as "q4_0". UsageError: unknown type."""
 
-def exp(values: Buffer, out: Buffer) -> None:
+def exp(values: _Buffer, out: _Buffer) -> None:
     """The canonical exponential, the same bits on every CPU. f32 [n] to f32 [n]."""
 
-def log_sum_exp(logits: Buffer) -> float:
+def log_sum_exp(logits: _Buffer) -> float:
     """ln(sum(exp(logits))) of f32 [n] by the canonical exp, summed in f64 in a fixed order."""
 
 @final
@@ -114,7 +118,7 @@ class Shard:
         not supported, file too short, a scale that is not finite.
         """
     def put(
-        self, name: str, type_name: str, rows: int, cols: int, first_row: int, data: Buffer
+        self, name: str, type_name: str, rows: int, cols: int, first_row: int, data: _Buffer
     ) -> None:
         """The same from memory: whole rows from first_row on (a multiple of 8, or all)."""
     def seal(self) -> None:
@@ -133,7 +137,7 @@ class Shard:
         """
     def close(self, session: int) -> None:
         """Frees the session's pages; an unknown session is no error."""
-    def forward(self, input: Buffer, rows: list[RowSpan], output: Buffer) -> list[float]:
+    def forward(self, input: _Buffer, rows: list[RowSpan], output: _Buffer) -> list[float]:
         """One step. Seconds of each layer, the head's last if it has one.
 
         input: int32 [n] token ids if the shard embeds, else f32 [n, dim]; n = sum of n_tokens.
@@ -171,7 +175,7 @@ def benchmark_matmul(
     """
 
 def matmul(
-    engine: Engine, type_name: str, rows: int, cols: int, weights: Buffer, x: Buffer, out: Buffer
+    engine: Engine, type_name: str, rows: int, cols: int, weights: _Buffer, x: _Buffer, out: _Buffer
 ) -> None:
     """out[batch, rows] = x[batch, cols] . weights^T; f32 x and out, weights as in a file.
 
