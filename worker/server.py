@@ -229,13 +229,13 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         check(order, config)
         shard = Shard(self._engine, self.name, order, file, config)
         budget = KvBudget.of_bytes(order.kv_bytes, shard.bytes_per_token, order.max_sessions)
-        kept = self._stage.shard if self._stage is not None else None
-        await self._drop_stage()
+        before = await self._drop_stage()
         self._fence = request.epoch
-        if kept is not None and kept.order == order:
-            shard = kept
+        if before is not None and before.order == order:
+            shard = before
         else:
-            kept = None  # its memory is freed before the new one's is taken
+            if before is not None:  # its memory goes back before the new one's is taken
+                await asyncio.get_running_loop().run_in_executor(self._thread, before.free)
             shard.check_memory((await asyncio.to_thread(self.memory.now)).free_bytes)
             async with contextlib.aclosing(self._fill(shard)) as progress:
                 async for message in progress:
@@ -282,11 +282,14 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             self.is_loading = False
             await asyncio.gather(loading, return_exceptions=True)
 
-    async def _drop_stage(self) -> None:
-        if (stage := self._stage) is not None:
-            self._stage = None
-            self.n_steps += stage.n_steps
-            await stage.close()
+    async def _drop_stage(self) -> Shard | None:
+        """Ends the stage; its shard, without sessions, for whoever wants to keep it."""
+        if (stage := self._stage) is None:
+            return None
+        self._stage = None
+        self.n_steps += stage.n_steps
+        await stage.close()
+        return stage.shard
 
     def _pass_back(self, ack: worker_pb2.StepAck) -> None:
         """To the previous stage, over every stream that is open: old ones end by themselves."""

@@ -114,7 +114,7 @@ def check(order: Order, config: ModelConfig) -> None:
 
 
 class Shard:
-    """One span, loaded. Frees everything when the last reference goes."""
+    """One span: made, loaded, run, freed, in this order."""
 
     def __init__(
         self, engine_: engine.Engine, worker: str, order: Order, file: GgufFile, config: ModelConfig
@@ -207,25 +207,30 @@ class Shard:
         for session in sessions:
             self._loaded.close(session)
 
+    def free(self) -> None:
+        """Gives weights and KV back to the system, whoever still knows this object."""
+        self._shard = None
+        self._buffer = np.empty(0, np.float32)
+
     def cancel(self) -> None:
         """Stops a running forward between two layers. Any thread."""
-        if self._shard is not None:
-            self._shard.cancel()
+        if (shard := self._shard) is not None:
+            shard.cancel()
 
     @property
     def progress(self) -> int:
         """Phases finished. Any thread."""
-        return self._shard.progress if self._shard is not None else 0
+        return shard.progress if (shard := self._shard) is not None else 0
 
     @property
     def shard_bytes(self) -> int:
         """Of packed weights. Any thread."""
-        return self._shard.shard_bytes if self._shard is not None else 0
+        return shard.shard_bytes if (shard := self._shard) is not None else 0
 
     @property
     def kv_bytes(self) -> int:
         """Budget, in whole pages. Any thread."""
-        return self._shard.kv_bytes if self._shard is not None else 0
+        return shard.kv_bytes if (shard := self._shard) is not None else 0
 
     @property
     def _loaded(self) -> engine.Shard:
