@@ -184,6 +184,8 @@ class Pipeline:
     async def _read(self, call: Run, first: WorkerId) -> None:
         """Acknowledgements. Silence is no fault here: keepalive and the results watch for that."""
         while isinstance(ack := await call.read(), worker_pb2.StepAck):
+            if ack.epoch not in (0, self.epoch):
+                continue  # news of an old epoch
             sent_at = self._sent_at.pop(ack.step, None)
             self._n_acked += 1
             if sent_at is not None:

@@ -52,7 +52,7 @@ async def until(claim: Callable[[], bool], what: str = "", seconds: float = 10.0
     """Waits until `claim` is true; fails after `seconds`."""
     try:
         async with asyncio.timeout(seconds):
-            while not claim():
+            while not claim():  # noqa: ASYNC110  what is waited for knows of no test
                 await asyncio.sleep(0.005)
     except TimeoutError:
         raise AssertionError(f"never came true: {what or claim}") from None
@@ -60,7 +60,7 @@ async def until(claim: Callable[[], bool], what: str = "", seconds: float = 10.0
 
 @dataclass
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
-    """Speaks the protocol, keeps token ids for KV, picks `next_token` of them if it has the head."""
+    """Speaks the protocol, keeps token ids for KV, picks `next_token` if it has the head."""
 
     fleet_address: str
     name: str = ""
@@ -74,9 +74,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     address: str = ""
     instance: int = 0
     heart: asyncio.Task[None] | None = None
+    registered: asyncio.Event = field(default_factory=asyncio.Event)
     server: Any = None
     _sent: dict[int, Any] = field(default_factory=dict)  # by step: repeats are answered from here
-    _call: Any = None  # the Run stream of the stage before
+    _run: Any = None  # context of the stream from the stage before
     _channel: Any = None
     _next: Any = None
     _acks: asyncio.Queue[worker_pb2.StepAck] = field(default_factory=asyncio.Queue)
@@ -96,10 +97,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.heart.cancel()
             await asyncio.gather(self.heart, return_exceptions=True)
             self.heart = None
+        self._next = None  # its end is nobody's fault
+        await self.server.stop(None)
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
-        await self.server.stop(None)
 
     async def _beat(self) -> None:
         async with grpc.aio.insecure_channel(self.fleet_address) as channel:
@@ -107,6 +109,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             while True:
                 reply = await fleet.Register(self._introduction(), timeout=5)
                 self.name = reply.worker
+                self.registered.set()
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     while True:
                         await fleet.Heartbeat(self._heartbeat(), timeout=5)
@@ -146,13 +149,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         ready = worker_pb2.LoadedShard(epoch=request.epoch, span=request.span, shard_bytes=1234)
         yield worker_pb2.LoadProgress(done_bytes=100, total_bytes=100, ready=ready)
 
-    async def Run(self, request_iterator: AsyncIterator[worker_pb2.Step], context: Any) -> None:
+    async def Describe(self, request: worker_pb2.DescribeRequest, context: Any) -> Any:
+        return worker_pb2.DescribeReply(worker=self.name)
+
+    async def Cancel(self, request: worker_pb2.CancelRequest, context: Any) -> Any:
+        return worker_pb2.CancelReply()
+
+    async def Run(  # type: ignore[override]  # it writes by itself
+        self, request_iterator: AsyncIterator[worker_pb2.Step], context: Any
+    ) -> None:
         async def send_acks() -> None:
             while True:
                 await context.write(await self._acks.get())
 
         sending = asyncio.create_task(send_acks())
-        self._call = asyncio.current_task()
+        self._run = context
         try:
             async for step in request_iterator:
                 self._acks.put_nowait(worker_pb2.StepAck(epoch=step.epoch, step=step.step))
@@ -165,9 +176,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         finally:
             sending.cancel()
 
-    def break_link(self) -> None:
+    async def break_link(self) -> None:
         """The stream from the stage before ends, once; the worker lives on."""
-        self._call.cancel()
+        with contextlib.suppress(grpc.aio.AbortError):
+            await self._run.abort(grpc.StatusCode.UNAVAILABLE, "the link broke")
 
     async def _pass_on(self, step: worker_pb2.Step) -> None:
         load = self.loads[-1]
@@ -256,8 +268,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
         async def drain() -> None:
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
-                while await call.read() is not grpc.aio.EOF:
-                    pass
+                while (ack := await call.read()) is not grpc.aio.EOF:
+                    if isinstance(ack, worker_pb2.StepAck) and ack.HasField("failure"):
+                        self._acks.put_nowait(ack)  # relayed to the stage before
 
         self._draining = asyncio.create_task(drain())
 
@@ -265,7 +278,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         failure = types_pb2.Failure(
             code=types_pb2.FAILURE_CODE_LINK_LOST, worker=self.name, message="socket closed"
         )
-        self._acks.put_nowait(worker_pb2.StepAck(failure=failure))
+        self._acks.put_nowait(worker_pb2.StepAck(epoch=self.loads[-1].epoch, failure=failure))
 
 
 @dataclass
@@ -339,7 +352,11 @@ async def start_service(model: ServedModel) -> AsyncIterator[StartService]:
         running: list[Service] = []
 
         async def start(
-            workers: int = 2, *, wait: bool = True, settings: dict[str, Any] | None = None, **fields: Any
+            workers: int = 2,
+            *,
+            wait: bool = True,
+            settings: dict[str, Any] | None = None,
+            **fields: Any,
         ) -> Service:
             given = {"workers": workers, "grpc_port": 0, "fleet_port": 0, **(settings or {})}
             chosen = Settings(model="tiny", **given)
@@ -354,8 +371,9 @@ async def start_service(model: ServedModel) -> AsyncIterator[StartService]:
             client = await stack.enter_async_context(Client(addresses.public))
             service = Service(engine, addresses, client, tasks[0])
             running.append(service)
-            for _ in range(workers if wait else 0):
-                await service.add(**fields)
+            for i in range(workers if wait else 0):
+                worker = await service.add(f"w{i + 1}", **fields)
+                await worker.registered.wait()
             if wait:
                 await service.serving()
             return service

@@ -58,6 +58,11 @@ def test_the_fastest_worker_takes_the_head_if_that_makes_the_slowest_stage_faste
     assert [stage.worker for stage in plan.stages] == ["w2", "w1"]
 
 
+def test_a_few_percent_of_bandwidth_change_no_order() -> None:
+    plan = plan_for(sizes(9, head_bytes=10 * MB), workers(17.9, 17.8, 18.2), 64, 1)
+    assert [stage.worker for stage in plan.stages] == ["w1", "w2", "w3"]
+
+
 def test_a_small_worker_gets_what_it_has_room_for() -> None:
     fleet = [worker("small", free=25 * MB), worker("large")]
     assert spans(sizes(12), fleet) == {"small": 2, "large": 10}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -33,9 +34,7 @@ async def test_a_conversation_goes_through_the_models_template(
     start_service: Any, fake: Any
 ) -> None:
     service = await start_service()
-    pieces = [
-        event async for event in service.client.chat([Message("user", "hello")], GREEDY)
-    ]
+    pieces = [event async for event in service.client.chat([Message("user", "hello")], GREEDY)]
     assert pieces[-1].answer_tokens == 8
     first = service.workers[0].steps[0].rows[0]
     text = service.engine.model.tokenizer
@@ -129,7 +128,7 @@ async def test_two_sessions_interleave(start_service: Any, fake: Any) -> None:
     answers = await asyncio.gather(*(service.ask(prompt, LONG) for prompt in prompts))
     assert [answer.ids for answer in answers] == [fake.answer_to(list(p), 60) for p in prompts]
     order = [rows.session for step in service.workers[0].steps for rows in step.rows]
-    turns = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    turns = sum(a != b for a, b in pairwise(order))
     assert turns > 60  # not one after the other
 
 
@@ -303,10 +302,11 @@ async def test_a_stopping_coordinator_refuses_and_then_ends_what_runs(
     await stopping
 
 
-async def test_a_stopping_coordinator_lets_short_answers_finish(start_service: Any) -> None:
+async def test_a_stopping_coordinator_lets_short_answers_finish(
+    start_service: Any, fake: Any
+) -> None:
     service = await start_service()
     running = asyncio.create_task(service.ask([5], GREEDY))
-    while not service.engine.load_counts()[0]:
-        await asyncio.sleep(0)
+    await fake.until(lambda: service.engine.load_counts() == (1, 0), "one runs")
     await service.engine.stop()
     assert (await running).done.answer_tokens == 8
