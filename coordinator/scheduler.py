@@ -234,4 +234,6 @@ def _take(place: _Place, room: int) -> BatchRows:
     place.n_sent += len(tokens)
     want_logits = 1 if place.n_sent == len(session.tokens) else 0
     is_prompt = start < session.n_prompt
-    return BatchRows(session.id, start, tokens, want_logits, is_prompt, session.sampling)
+    return BatchRows(
+        session.id, start, tokens, want_logits, is_prompt=is_prompt, sampling=session.sampling
+    )
