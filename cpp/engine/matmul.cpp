@@ -6,7 +6,7 @@ namespace potluck {
 namespace {
 
 // The largest user is the AVX2 GEMM: codes of 16 rows and their scales for one chunk of K.
-constexpr size_t kScratchBytes = 64 * 1024;
+constexpr size_t kScratchBytes = size_t{64} * 1024;
 
 // Index of the group that holds a row of the batch.
 size_t GroupOf(size_t row, size_t rows) {

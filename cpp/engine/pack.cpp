@@ -223,13 +223,11 @@ void UnpackRow(WeightType type, const uint8_t* panel, size_t row, size_t k, floa
     // Each product and the sum round once, in this order: the dequantization of ggml and of the
     // gguf package.
     for (size_t i = 0; i < values; ++i) {
-      const float code = block.codes[row][i];
-      if (type == WeightType::kQ6_K) {
-        out[i] = block.d[row] * static_cast<float>(block.scales[row][i / 16]) * code;
-      } else {
-        out[i] = block.d[row] * code;
-        if (type == WeightType::kQ4_1) out[i] += block.m[row];
-      }
+      const size_t sub_block = i / 16;
+      float d = block.d[row];
+      if (type == WeightType::kQ6_K) d *= static_cast<float>(block.scales[row][sub_block]);
+      out[i] = d * static_cast<float>(block.codes[row][i]);
+      if (type == WeightType::kQ4_1) out[i] += block.m[row];
     }
   }
 }

@@ -27,29 +27,28 @@ struct BF16 {
 
 // P panels times S rows of a group, from its row `lane` on; out is the output of that row and the
 // first panel.
-template <class Type, int P, int S>
+template <class Type, size_t P, size_t S>
 void MultiplyTile(const uint8_t* panels, size_t panel_bytes, size_t k, const uint8_t* data,
                   const RowGroup& group, size_t lane, float* out, size_t out_stride) {
   const float* x = reinterpret_cast<const float*>(data + group.codes) + lane;
   __m256 acc[P][S];
-  for (int p = 0; p < P; ++p) {
-    for (int t = 0; t < S; ++t) acc[p][t] = _mm256_setzero_ps();
+  for (size_t p = 0; p < P; ++p) {
+    for (size_t t = 0; t < S; ++t) acc[p][t] = _mm256_setzero_ps();
   }
   for (size_t i = 0; i < k; ++i, panels += Type::kStep, x += group.rows) {
-    for (int p = 0; p < P; ++p) {
-      const __m256 w = Type::LoadRows(panels + static_cast<size_t>(p) * panel_bytes);
-      for (int t = 0; t < S; ++t)
+    for (size_t p = 0; p < P; ++p) {
+      const __m256 w = Type::LoadRows(panels + p * panel_bytes);
+      for (size_t t = 0; t < S; ++t)
         acc[p][t] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + t), acc[p][t]);
     }
   }
-  for (int p = 0; p < P; ++p) {
-    for (int t = 0; t < S; ++t)
-      _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride + 8 * p, acc[p][t]);
+  for (size_t p = 0; p < P; ++p) {
+    for (size_t t = 0; t < S; ++t) _mm256_storeu_ps(out + t * out_stride + 8 * p, acc[p][t]);
   }
 }
 
 // P panels times a whole group, by tiles of up to 8 sums.
-template <class Type, int P>
+template <class Type, size_t P>
 void MultiplyGroup(const uint8_t* panels, size_t panel_bytes, size_t k, const uint8_t* data,
                    const RowGroup& group, float* out, size_t out_stride) {
   size_t lane = 0;
@@ -72,7 +71,7 @@ void MultiplyGroup(const uint8_t* panels, size_t panel_bytes, size_t k, const ui
   }
 }
 
-template <class Type, int P>
+template <class Type, size_t P>
 void MultiplyRows(const uint8_t* panels, size_t panel_bytes, const PreparedRows& x, float* out,
                   size_t out_stride) {
   for (size_t index = 0; index < GroupCount(x.rows); ++index) {

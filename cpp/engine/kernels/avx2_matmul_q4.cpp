@@ -34,7 +34,7 @@ PanelShape ShapeOf(size_t k) {
 }
 
 // One panel times the R rows of a group, in one pass over the panel.
-template <bool kHasMin, int R>
+template <bool kHasMin, size_t R>
 __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel,
                                               const uint8_t* data, const RowGroup& group,
                                               float* out, size_t out_stride) {
@@ -45,7 +45,7 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
   const float* sums = reinterpret_cast<const float*>(data + group.sums);
   __m256 acc[R];
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
+  for (size_t t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < shape.blocks; b += shape.record_blocks, panel += shape.record_bytes) {
     const uint8_t* d = panel;
     const uint8_t* codes = panel + shape.codes_offset;
@@ -54,14 +54,15 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes + 64), _MM_HINT_T0);
       __m256i sum[R];
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t) sum[t] = kHasMin ? _mm256_setzero_si256() : Seed(seeds + 4 * t);
+      for (size_t t = 0; t < R; ++t)
+        sum[t] = kHasMin ? _mm256_setzero_si256() : Seed(seeds + 4 * t);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
+      for (size_t v = 0; v < 4; ++v) {
         const __m256i both = Pin(Load(codes + 32 * v));
         const __m256i lo = _mm256_and_si256(both, low);
         const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 8
-        for (int t = 0; t < R; ++t) {
+        for (size_t t = 0; t < R; ++t) {
           sum[t] = AddProducts(sum[t], lo, Broadcast(x + (v * R + t) * 4));
           sum[t] = AddProducts(sum[t], hi, Broadcast(x + ((v + 4) * R + t) * 4));
         }
@@ -69,14 +70,14 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       }
       const __m256 dw = LoadHalves(d);
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t) {
+      for (size_t t = 0; t < R; ++t) {
         acc[t] = _mm256_fmadd_ps(PairsToFloat(sum[t]),
                                  _mm256_mul_ps(dw, _mm256_broadcast_ss(scales + t)), acc[t]);
       }
       if (kHasMin) {
         const __m256 mw = LoadHalves(d + kScaleBytes * shape.record_blocks);
 #pragma GCC unroll 8
-        for (int t = 0; t < R; ++t)
+        for (size_t t = 0; t < R; ++t)
           acc[t] = _mm256_fmadd_ps(mw, _mm256_broadcast_ss(sums + t), acc[t]);
       }
       d += kScaleBytes;
@@ -88,7 +89,7 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
+  for (size_t t = 0; t < R; ++t) _mm256_storeu_ps(out + t * out_stride, acc[t]);
 }
 
 template <bool kHasMin>
@@ -168,7 +169,7 @@ inline void AddBlock(float* c, __m256i sum, const float* d, const float* da, con
 
 // c[S rows][16] += a chunk of two panels times a group of S rows; named sums, for gcc spills an
 // array of them.
-template <bool kHasMin, int S>
+template <bool kHasMin, size_t S>
 __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t first,
                                        const uint8_t* data, const RowGroup& group, float* c) {
   const uint8_t* w = chunk.codes;
@@ -185,7 +186,7 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
     __m256i a3 = kHasMin || S < 4 ? _mm256_setzero_si256() : Seed(seeds + 12);
     __m256i b0 = a0, b1 = a1, b2 = a2, b3 = a3;
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; ++g) {
+    for (size_t g = 0; g < 8; ++g) {
       const __m256i w0 = Load(w + 64 * g);
       const __m256i w1 = Load(w + 64 * g + 32);
       const uint8_t* xg = x + 4 * S * g;

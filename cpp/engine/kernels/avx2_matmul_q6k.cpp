@@ -39,20 +39,21 @@ inline __m256i ScalePairs(const uint8_t* at) {
 
 // Sums of one sub-block of 16 values for R rows; nibbles are 4 vectors, half 0 their low halves, 1
 // the high ones.
-template <int R, int Half>
+template <int R, size_t Half>
 inline void AddSubBlock(__m256i (&total)[R], const uint8_t* run, const uint8_t* scales,
                         const uint8_t* x, const uint8_t* seeds) {
   const __m256i low = _mm256_set1_epi8(15);
   const __m256i tops = Load(run + 128 + 32 * Half);
   __m256i sum[R];
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) sum[t] = Seed(seeds + 4 * t);
-  auto add = [&](__m256i codes, int v) {
+  for (size_t t = 0; t < R; ++t) sum[t] = Seed(seeds + 4 * t);
+  auto add = [&](__m256i codes, size_t v) {
 #pragma GCC unroll 8
-    for (int t = 0; t < R; ++t) sum[t] = AddProducts(sum[t], codes, Broadcast(x + (v * R + t) * 4));
+    for (size_t t = 0; t < R; ++t)
+      sum[t] = AddProducts(sum[t], codes, Broadcast(x + (v * R + t) * 4));
     POTLUCK_ORDER_LOADS();
   };
-  auto nibbles = [&](int v) {
+  auto nibbles = [&](size_t v) {
     const __m256i both = Load(run + 32 * v);
     return _mm256_and_si256(Half == 0 ? both : _mm256_srli_epi16(both, 4), low);
   };
@@ -62,12 +63,12 @@ inline void AddSubBlock(__m256i (&total)[R], const uint8_t* run, const uint8_t* 
   add(JoinCodes<3>(nibbles(3), tops), 3);
   const __m256i pairs = ScalePairs(scales);
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t)
+  for (size_t t = 0; t < R; ++t)
     total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], pairs));
 }
 
 // One panel times R rows of a group, in one pass over the panel.
-template <int R>
+template <size_t R>
 __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data,
                                               const RowGroup& group, float* out,
                                               size_t out_stride) {
@@ -76,11 +77,11 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   __m256 acc[R];
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
+  for (size_t t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < k / 256; ++b, panel += kRecordBytes) {
     __m256i total[R];
 #pragma GCC unroll 8
-    for (int t = 0; t < R; ++t) total[t] = _mm256_setzero_si256();
+    for (size_t t = 0; t < R; ++t) total[t] = _mm256_setzero_si256();
     const uint8_t* run = panel + kCodesOffset;
     const uint8_t* sub_scales = panel + kScalesOffset;
     for (size_t i = 0; i < 8; ++i) {
@@ -96,14 +97,14 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
     }
     const __m256 d = LoadHalves(panel);
 #pragma GCC unroll 8
-    for (int t = 0; t < R; ++t) {
+    for (size_t t = 0; t < R; ++t) {
       const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(scales + t));
       acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[t]), scale, acc[t]);
     }
     scales += R;
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
+  for (size_t t = 0; t < R; ++t) _mm256_storeu_ps(out + t * out_stride, acc[t]);
 }
 
 void MultiplyGroup(const uint8_t* panel, size_t k, const uint8_t* data, const RowGroup& group,

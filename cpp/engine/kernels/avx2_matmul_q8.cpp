@@ -28,7 +28,7 @@ inline __m256i AddSigned(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256
 }
 
 // One panel times R rows of a group, in one pass over the panel.
-template <int R>
+template <size_t R>
 __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, const uint8_t* data,
                                               const RowGroup& group, float* out,
                                               size_t out_stride) {
@@ -37,7 +37,7 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
   __m256 acc[R];
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
+  for (size_t t = 0; t < R; ++t) acc[t] = _mm256_setzero_ps();
   for (size_t b = 0; b < k / 32; b += g) {
     const uint8_t* d = panel;
     const uint8_t* codes = panel + g * kScaleBytes;
@@ -47,12 +47,12 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
       }
       __m256i sum[R];
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t) sum[t] = _mm256_setzero_si256();
-      for (int v = 0; v < 8; v += 2) {
+      for (size_t t = 0; t < R; ++t) sum[t] = _mm256_setzero_si256();
+      for (size_t v = 0; v < 8; v += 2) {
         const __m256i w0 = Pin(Load(codes + 32 * v));
         const __m256i w1 = Pin(Load(codes + 32 * v + 32));
 #pragma GCC unroll 8
-        for (int t = 0; t < R; ++t) {
+        for (size_t t = 0; t < R; ++t) {
           sum[t] = AddSigned(sum[t], w0, w1, Broadcast(x + (v * R + t) * 4),
                              Broadcast(x + ((v + 1) * R + t) * 4));
         }
@@ -60,7 +60,7 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
       }
       const __m256 dw = LoadHalves(d);
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t) {
+      for (size_t t = 0; t < R; ++t) {
         const __m256 scale = _mm256_mul_ps(dw, _mm256_broadcast_ss(scales + t));
         acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), scale, acc[t]);
       }
@@ -72,7 +72,7 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* panel, size_t k, co
     panel = codes;
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) _mm256_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
+  for (size_t t = 0; t < R; ++t) _mm256_storeu_ps(out + t * out_stride, acc[t]);
 }
 
 void MultiplyGroup(const uint8_t* panel, size_t k, const uint8_t* data, const RowGroup& group,

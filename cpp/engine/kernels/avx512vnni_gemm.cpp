@@ -79,7 +79,7 @@ void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t 
 }
 
 // c[S rows][32] += a chunk of 4 panels times a group of S rows.
-template <class Type, int S>
+template <class Type, size_t S>
 __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t first,
                                        const uint8_t* data, const RowGroup& group, float* c) {
   const uint8_t* w = chunk.codes;
@@ -91,20 +91,20 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
   const float* m = chunk.m;
   __m512 acc0[S], acc1[S];
 #pragma GCC unroll 4
-  for (int t = 0; t < S; ++t) {
+  for (size_t t = 0; t < S; ++t) {
     acc0[t] = _mm512_loadu_ps(c + 32 * t);
     acc1[t] = _mm512_loadu_ps(c + 32 * t + 16);
   }
   for (size_t b = 0; b < blocks; ++b) {
     __m512i sum0[S], sum1[S];
 #pragma GCC unroll 4
-    for (int t = 0; t < S; ++t) sum0[t] = sum1[t] = Seed<Type>(seeds + 4 * t);
+    for (size_t t = 0; t < S; ++t) sum0[t] = sum1[t] = Seed<Type>(seeds + 4 * t);
 #pragma GCC unroll 8
-    for (int g = 0; g < 8; ++g) {
+    for (size_t g = 0; g < 8; ++g) {
       const __m512i w0 = _mm512_loadu_si512(w + 128 * g);
       const __m512i w1 = _mm512_loadu_si512(w + 128 * g + 64);
 #pragma GCC unroll 4
-      for (int t = 0; t < S; ++t) {
+      for (size_t t = 0; t < S; ++t) {
         const __m512i xt = Broadcast(x + 4 * (S * g + t));
         sum0[t] = _mm512_dpbusd_epi32(sum0[t], w0, xt);
         sum1[t] = _mm512_dpbusd_epi32(sum1[t], w1, xt);
@@ -114,7 +114,7 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
     const __m512 m0 = Type::kHasMin ? _mm512_loadu_ps(m) : d0,
                  m1 = Type::kHasMin ? _mm512_loadu_ps(m + 16) : d1;
 #pragma GCC unroll 4
-    for (int t = 0; t < S; ++t) {
+    for (size_t t = 0; t < S; ++t) {
       acc0[t] = AddBlock<Type>(acc0[t], sum0[t], d0, m0, scales + t, sums + t);
       acc1[t] = AddBlock<Type>(acc1[t], sum1[t], d1, m1, scales + t, sums + t);
     }
@@ -127,7 +127,7 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
     m += 32;
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < S; ++t) {
+  for (size_t t = 0; t < S; ++t) {
     _mm512_storeu_ps(c + 32 * t, acc0[t]);
     _mm512_storeu_ps(c + 32 * t + 16, acc1[t]);
   }

@@ -50,47 +50,47 @@ inline __m512 LoadTwoScales(const uint8_t* first, const uint8_t* second) {
   return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
 
-template <int R>
+template <size_t R>
 inline void AddWord(__m512i (&sum)[R], __m512i w, const uint8_t* x) {
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) sum[t] = _mm512_dpbusd_epi32(sum[t], w, Broadcast(x + 4 * t));
+  for (size_t t = 0; t < R; ++t) sum[t] = _mm512_dpbusd_epi32(sum[t], w, Broadcast(x + 4 * t));
 }
 
 // Adds 32 values of 16 rows; the codes of the second panel lie `apart` bytes behind those of the
 // first.
-template <int R>
+template <size_t R>
 inline void AddCodes(Q8_0 /*type*/, __m512i (&sum)[R], const uint8_t* codes, size_t apart,
                      const uint8_t* x) {
 #pragma GCC unroll 8
-  for (int v = 0; v < 8; ++v) {
+  for (size_t v = 0; v < 8; ++v) {
     const __m512i w = LoadTwo(codes + 32 * v, codes + apart + 32 * v);
     AddWord<R>(sum, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x + 4 * v * R);
   }
 }
 
-template <int R>
+template <size_t R>
 inline void AddNibbles(__m512i (&sum)[R], const uint8_t* codes, size_t apart, const uint8_t* x) {
   const __m512i low = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
+  for (size_t v = 0; v < 4; ++v) {
     const __m512i both = LoadTwo(codes + 32 * v, codes + apart + 32 * v);
     AddWord<R>(sum, _mm512_and_si512(both, low), x + 4 * v * R);
     AddWord<R>(sum, _mm512_and_si512(_mm512_srli_epi16(both, 4), low), x + 4 * (v + 4) * R);
   }
 }
-template <int R>
+template <size_t R>
 inline void AddCodes(Q4_0 /*type*/, __m512i (&sum)[R], const uint8_t* codes, size_t apart,
                      const uint8_t* x) {
   AddNibbles<R>(sum, codes, apart, x);
 }
-template <int R>
+template <size_t R>
 inline void AddCodes(Q4_1 /*type*/, __m512i (&sum)[R], const uint8_t* codes, size_t apart,
                      const uint8_t* x) {
   AddNibbles<R>(sum, codes, apart, x);
 }
 
 // Two panels times the R rows of a group.
-template <class Type, int R>
+template <class Type, size_t R>
 __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_t* panel,
                                            const uint8_t* data, const RowGroup& group, float* out,
                                            size_t out_stride) {
@@ -102,7 +102,7 @@ __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_
   Prefetch prefetch(shape, panel);
   __m512 acc[R];
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) acc[t] = _mm512_setzero_ps();
+  for (size_t t = 0; t < R; ++t) acc[t] = _mm512_setzero_ps();
   for (size_t b = 0; b < shape.blocks; b += shape.record_blocks, panel += shape.record_bytes) {
     const uint8_t* d = panel;
     const uint8_t* codes = panel + shape.codes_offset;
@@ -110,13 +110,13 @@ __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_
       prefetch.NextBlock();
       __m512i sum[R];
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t) sum[t] = Seed<Type>(seeds + 4 * t);
+      for (size_t t = 0; t < R; ++t) sum[t] = Seed<Type>(seeds + 4 * t);
       AddCodes<R>(Type(), sum, codes, apart, x);
       const __m512 dw = LoadTwoScales(d, d + apart);
       const uint8_t* min = d + kScaleBytes * shape.record_blocks;
       const __m512 mw = Type::kHasMin ? LoadTwoScales(min, min + apart) : dw;
 #pragma GCC unroll 8
-      for (int t = 0; t < R; ++t)
+      for (size_t t = 0; t < R; ++t)
         acc[t] = AddBlock<Type>(acc[t], sum[t], dw, mw, scales + t, sums + t);
       d += kScaleBytes;
       codes += Type::kCodeBytes;
@@ -127,7 +127,7 @@ __attribute__((noinline)) void MultiplyTwo(const PanelShape& shape, const uint8_
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < R; ++t) _mm512_storeu_ps(out + static_cast<size_t>(t) * out_stride, acc[t]);
+  for (size_t t = 0; t < R; ++t) _mm512_storeu_ps(out + t * out_stride, acc[t]);
 }
 
 template <class Type>
