@@ -98,7 +98,10 @@ class Sessions:
             self._floor = max(self._floor, epoch)
 
     def is_stale(self, session: int, epoch: int) -> bool:
-        """Whether rows of this session are left out of a step of this epoch."""
+        """Whether rows of this session are left out of a step of this epoch.
+
+        It only looks: the engine thread may ask too.
+        """
         found = self._sessions.get(session)
         return epoch < max(self._floor, found.floor if found else 0)
 

@@ -1,6 +1,6 @@
 """The weights of a span at work: finds and loads them, and runs what is decided of a step.
 
-Owns the engine's Shard. All methods but `cancel` and the figures belong to one thread, the engine
+Owns the engine's Shard. All methods but `cancel` and `progress` belong to one thread, the engine
 thread, which runs nothing else; they block. The event loop hands work over and reads the figures.
 """
 
@@ -129,6 +129,9 @@ class Shard:
         self.weights_bytes = sum(tensor.size_bytes for tensor in self.tensors)  # as in the file
         self._engine = engine_
         self._worker = worker
+        # Kept here: the engine's own properties wait while a step is in it.
+        self.shard_bytes = 0  # of packed weights
+        self.kv_bytes = 0  # budget, in whole pages
         self._shard: engine.Shard | None = None
         self._buffer: npt.NDArray[np.float32] = np.empty(0, np.float32)
 
@@ -167,6 +170,7 @@ class Shard:
             max_sessions=order.max_sessions,
         )
         engine.load(shard, self.file, named(self.tensors), lambda done: on_progress(done, reading))
+        self.shard_bytes, self.kv_bytes = shard.shard_bytes, shard.kv_bytes
         self._shard = shard
 
     def run(
@@ -177,12 +181,17 @@ class Shard:
     ) -> StepOutput:
         """Commands, then rows, then picks. `input_` is f32 [n_rows, dim], or int32 [n_rows] ids.
 
-        `is_stale` is asked for a session when a flush stopped the engine. Rows that fail are left
-        out and named, the others run; a value that is not finite fails the whole step.
+        `is_stale` is asked for each session, again when a flush has stopped the engine. Rows that
+        fail are left out and named, the others run; a value that is not finite fails the whole
+        step.
         """
         output = StepOutput()
         self._command(work, output)
-        rows = [row for row in work.rows if row.session not in output.closed]
+        rows = [
+            row
+            for row in work.rows
+            if row.session not in output.closed and not is_stale(row.session)
+        ]
         output.started_at = time.perf_counter()
         while rows:
             try:
@@ -211,6 +220,7 @@ class Shard:
         """Gives weights and KV back to the system, whoever still knows this object."""
         self._shard = None
         self._buffer = np.empty(0, np.float32)
+        self.shard_bytes = self.kv_bytes = 0
 
     def cancel(self) -> None:
         """Stops a running forward between two layers. Any thread."""
@@ -221,16 +231,6 @@ class Shard:
     def progress(self) -> int:
         """Phases finished. Any thread."""
         return shard.progress if (shard := self._shard) is not None else 0
-
-    @property
-    def shard_bytes(self) -> int:
-        """Of packed weights. Any thread."""
-        return shard.shard_bytes if (shard := self._shard) is not None else 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Budget, in whole pages. Any thread."""
-        return shard.kv_bytes if (shard := self._shard) is not None else 0
 
     @property
     def _loaded(self) -> engine.Shard:

@@ -191,7 +191,7 @@ async def test_resident_memory_stays_below_shard_and_kv_and_a_margin(
 
             async def load(span: tuple[int, int], epoch: int) -> worker_pb2.LoadedShard:
                 news = [x async for x in stub.Load(order(large_model, span, epoch, f))]
-                return news[-1].ready  # type: ignore[no-any-return]
+                return news[-1].ready  # type: ignore[no-any-return]  # of a stub without types
 
             whole = await load((0, 4), 1)
             assert whole.shard_bytes > 250 * 2**20
@@ -207,14 +207,59 @@ async def test_resident_memory_stays_below_shard_and_kv_and_a_margin(
             assert memory_of(process.pid, "VmHWM") < most
 
 
-async def prefill(stub: Any, f: Any) -> None:
-    """A prompt of 255 tokens in one step, and its pick."""
-    call = stub.Run()
+async def test_a_worker_answers_while_its_engine_computes(
+    fleet: Callable[..., Any], large_model: Path
+) -> None:
+    """Fails if the engine runs on the event loop, or holds the GIL."""
+    async with fleet() as f, program(*options_for(f)) as process:
+        address = (await announced(process))["address"]
+        async with grpc.aio.insecure_channel(address, options=options.client_options()) as channel:
+            stub: Any = worker_pb2_grpc.WorkerStub(channel)
+            async for _ in stub.Load(order(large_model, (0, 4), 1, f)):
+                pass
+            running = asyncio.create_task(prefill(stub, f))
+            seen: list[int] = []
+            hello = types_pb2.Hello(protocol=PROTOCOL)
+            while not running.done():
+                reply = await stub.Describe(worker_pb2.DescribeRequest(hello=hello))
+                seen.append(reply.progress)
+            await running
+    assert len(set(seen)) > 3  # the counter moved while we looked
+    assert seen == sorted(seen)
+
+
+async def test_cancel_stops_a_step_between_two_layers(
+    fleet: Callable[..., Any], large_model: Path
+) -> None:
+    async with fleet() as f, program(*options_for(f)) as process:
+        address = (await announced(process))["address"]
+        async with grpc.aio.insecure_channel(address, options=options.client_options()) as channel:
+            stub: Any = worker_pb2_grpc.WorkerStub(channel)
+            async for _ in stub.Load(order(large_model, (0, 4), 1, f)):
+                pass
+            call = stub.Run()
+            await call.write(prompt())
+            assert not (await call.read()).HasField("failure")
+            await stub.Cancel(worker_pb2.CancelRequest(epoch=2, sessions=[1]))
+            async with asyncio.timeout(30):
+                result = await f.results.get()
+            assert (result.step, len(result.rows), len(result.failures)) == (1, 0, 0)
+            call.cancel()
+
+
+def prompt() -> worker_pb2.Step:
+    """255 tokens in one step: some hundred milliseconds for the large model."""
     opened = types_pb2.KvCommand.Open(session=1, max_tokens=256)
     rows = types_pb2.Rows(session=1, token_ids=[i % 400 for i in range(255)], want_logits=1)
-    await call.write(
-        worker_pb2.Step(epoch=1, step=1, commands=[types_pb2.KvCommand(open=opened)], rows=[rows])
+    return worker_pb2.Step(
+        epoch=1, step=1, commands=[types_pb2.KvCommand(open=opened)], rows=[rows]
     )
+
+
+async def prefill(stub: Any, f: Any) -> None:
+    """A prompt, and its pick."""
+    call = stub.Run()
+    await call.write(prompt())
     async with asyncio.timeout(30):
         result = await f.results.get()
     assert len(result.rows[0].picks) == 1
