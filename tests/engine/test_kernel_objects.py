@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Vector moves to and from the stack in one tile of the product. Each costs what a useful instruction
-# costs: before the sums were pinned to registers gcc 12 made dozens (23 MAC/cycle instead of 36).
+# Vector moves to and from the stack in one tile of the product. Each costs what a useful one does:
+# before the sums were pinned to registers gcc 12 made dozens (23 MAC/cycle instead of 36).
 MOST_STACK_MOVES = 4
 
 
