@@ -13,7 +13,7 @@ MAX_STOPS = 8
 
 # Field of AnswerOptions: how its text is parsed, and what help says. `chat` sets the same by name.
 NUMBERS: dict[str, tuple[Callable[[str], float], str]] = {
-    "max_tokens": (values.whole(0, 2**31 - 1), "end after N tokens; 0: at the context's end"),
+    "max_tokens": (values.whole(0, 2**31 - 1), "end after N tokens; 0: at the end of the context"),
     "temperature": (
         values.number(0, 2),
         "0: always the most likely token (the service's default: 0.8)",
@@ -41,17 +41,15 @@ def add_connect(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_answer_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """Everything of AnswerOptions that people set; `max_tokens` None: up to the context."""
+def add_answer_options(parser: argparse.ArgumentParser, *, usual_tokens: str) -> None:
+    """What people set of AnswerOptions; `usual_tokens` says what no --max-tokens means."""
     group = parser.add_argument_group("the answer")
     for name, (parse, text) in NUMBERS.items():
-        default = max_tokens if name == "max_tokens" else None
         group.add_argument(
             option_of(name),
             type=parse,
             metavar=_METAVARS.get(name, "X"),
-            default=default,
-            help=text + (f" (default {default})" if default else ""),
+            help=text + (f" (default: {usual_tokens})" if name == "max_tokens" else ""),
         )
     group.add_argument(
         "--stop",

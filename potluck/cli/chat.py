@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_connect(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told to be")
     parser.add_argument("--message", metavar="TEXT", help="ask this one thing and leave")
-    asking.add_answer_options(parser, max_tokens=None)
+    asking.add_answer_options(parser, usual_tokens="0")
     parser.epilog = f"On a terminal: {_KEYS}. Otherwise each line of stdin is a message."
 
 

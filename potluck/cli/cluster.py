@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ECHO_SECONDS = 2.0  # from the end of a program's doors to the end of the program
 LOOK_SECONDS = 0.2  # between two looks at Status while people wait
 RESTART_SECONDS = (0.5, 1.0, 2.0)  # waits before the tries to start a dead worker again
 STEADY_SECONDS = 60.0  # a worker that lived so long has its tries back
@@ -150,7 +151,7 @@ class LocalCluster:
         tries = 0
         while True:
             started = time.monotonic()
-            reason = await self.workers[name].ended()
+            reason = await self.workers[name].end()
             died = time.monotonic()
             if died - started > STEADY_SECONDS:
                 tries = 0
@@ -197,7 +198,7 @@ class _View:
 
 
 async def _raise_end(child: Child) -> None:
-    raise await child.ended()
+    raise await child.end()
 
 
 async def _while_alive(children: Sequence[Child], work: Coroutine[Any, Any, T]) -> T:
@@ -206,7 +207,10 @@ async def _while_alive(children: Sequence[Child], work: Coroutine[Any, Any, T]) 
     ends = [asyncio.create_task(_raise_end(child)) for child in children]
     try:
         done, _ = await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:  # first: the work's own error may only be the echo of a death
+        if working in done and working.exception() is not None:
+            # "Nobody answers" is the echo of a death that is about to be seen.
+            done, _ = await asyncio.wait(ends, timeout=ECHO_SECONDS)
+        for end in ends:
             if end in done:
                 end.result()
         return working.result()

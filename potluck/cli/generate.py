@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import json
 import sys
+from dataclasses import replace
 
 from potluck.cli import asking, running, streaming, terminal, values
-from potluck.errors import UsageError
+from potluck.errors import ContextExceeded, UsageError
 from potluck.replies import AnswerOptions, Done, Token
 
+USUAL_TOKENS = 256  # or what the context has room for: a raw continuation may never end
 HELP = "Continue a prompt as it is (a conversation: chat)"
 
 
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `potluck generate`."""
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; -: read from stdin")
     asking.add_connect(parser)
-    asking.add_answer_options(parser, max_tokens=256)
+    asking.add_answer_options(parser, usual_tokens=str(USUAL_TOKENS))
     parser.add_argument(
         "--logprobs",
         type=values.whole(0, 20),
@@ -34,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--logprobs are printed with --json only", remedy="add --json")
     options = asking.answer_options(args)
     address = running.address_of(args.connect)
-    answer = asyncio.run(_ask(address, _prompt(args.prompt), options, shown=not args.json))
+    asked_tokens = args.max_tokens is not None
+    work = _ask(
+        address, _prompt(args.prompt), options, asked_tokens=asked_tokens, shown=not args.json
+    )
+    answer = asyncio.run(work)
     assert answer.done is not None  # a stream ends with Done or raises
     if args.json:
         print(json.dumps(_report(answer, answer.done, options), ensure_ascii=False))
@@ -53,13 +59,20 @@ def _prompt(given: str) -> str:
 
 
 async def _ask(
-    address: str, prompt: str, options: AnswerOptions, *, shown: bool
+    address: str, prompt: str, options: AnswerOptions, *, asked_tokens: bool, shown: bool
 ) -> streaming.Answer:
     from potluck.client import Client
 
     answer = streaming.Answer()
+    first = options if asked_tokens else replace(options, max_tokens=USUAL_TOKENS)
     async with Client(address) as client:
-        await streaming.stream(client.generate(prompt, options), answer, shown=shown)
+        try:
+            await streaming.stream(client.generate(prompt, first), answer, shown=shown)
+        except ContextExceeded:
+            if asked_tokens:
+                raise
+            # The number was our wish and nobody's: then as many as there is room for.
+            await streaming.stream(client.generate(prompt, options), answer, shown=shown)
     return answer
 
 

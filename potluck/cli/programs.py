@@ -15,11 +15,10 @@ import os
 import shutil
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from potluck.cli.logs import CHILDREN
 from potluck.errors import PotluckError, UsageError
@@ -58,45 +57,42 @@ def options(args: argparse.Namespace, *names: str) -> list[str]:
 class Child:
     """A program that runs. Made by `start`; ends by `stop` or by itself. For one event loop."""
 
-    def __init__(self, name: str, process: Process) -> None:
+    def __init__(self, name: str, transport: asyncio.SubprocessTransport, watch: _Watch) -> None:
         self.name = name
-        self._process = process
-        self._last: deque[str] = deque(maxlen=LAST_LINES)
-        self._stderr = asyncio.create_task(self._read_stderr())
-        self._ended = asyncio.create_task(self._wait())
+        self._transport = transport
+        self._watch = watch
 
     @classmethod
     async def start(cls, name: str, program: str, *arguments: str) -> Self:
         """Starts the console script `program`; `name` is what people call this child."""
-        process = await asyncio.create_subprocess_exec(
+        transport, watch = await asyncio.get_running_loop().subprocess_exec(
+            lambda: _Watch(name),
             path_of(program),
             *arguments,
             "--stop-with-stdin",
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=PIPE,
             process_group=0,
-            limit=1024 * 1024,
         )
-        log.debug("started %s as process %d", name, process.pid)
-        return cls(name, process)
+        log.debug("started %s as process %d", name, transport.get_pid())
+        return cls(name, transport, watch)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._transport.get_pid()
 
     @property
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
-        return not self._ended.done()
+        return not self._watch.ended.done()
 
     async def ready(self) -> Mapping[str, object]:
         """The one line it prints when it is bound. ChildDied if it ends before."""
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise await self.ended()
+        watch = self._watch
+        either: set[asyncio.Future[Any]] = {watch.first_line, watch.ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not watch.first_line.done():
+            raise await self.end()
+        line = watch.first_line.result()
         try:
             announced = json.loads(line)
         except ValueError:
@@ -105,56 +101,93 @@ class Child:
             raise PotluckError(f"{self.name} said {line[:80]!r} instead of its address")
         return announced
 
-    async def ended(self) -> PotluckError:
+    async def end(self) -> PotluckError:
         """Waits until it ends by itself; the error to raise then: ChildDied or UsageError."""
-        status = await asyncio.shield(self._ended)
-        await self.kill()  # what is left of its group
-        await self._rest_of_stderr()
-        said = [line for line in self._last if line.strip()]
+        status = await asyncio.shield(self._watch.ended)
+        await self._clear_away()
+        said = [line for line in self._watch.last_lines if line.strip()]
         for i, line in enumerate(said):
             program, marked, what = line.partition(": error: ")
             if marked and " " not in program:  # the two lines that our programs end with
                 remedy = said[i + 1].strip() if i + 1 < len(said) else ""
                 kind = UsageError if status == WRONG_COMMAND_LINE else ChildDied
                 return kind(f"{self.name}: {what}", remedy=remedy)
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended ({status})"
-        return ChildDied(f"{self.name} {how}" + (f": {said[-1]}" if said else ""))
+        if status < 0:  # its last words are about something else
+            return ChildDied(f"{self.name} was killed by {signal.Signals(-status).name}")
+        return ChildDied(f"{self.name} ended ({status})" + (f": {said[-1]}" if said else ""))
 
     async def stop(self, patience_seconds: float) -> None:
         """SIGTERM, then after `patience_seconds` SIGKILL. Of an ended child: nothing."""
-        self._signal(signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            self._transport.terminate()
         try:
             async with asyncio.timeout(patience_seconds):
-                await asyncio.shield(self._ended)
+                await asyncio.shield(self._watch.ended)
         except TimeoutError:
             log.warning("%s did not stop within %g s: killed", self.name, patience_seconds)
         await self.kill()
-        await self._rest_of_stderr()
 
     async def kill(self) -> None:
         """SIGKILL, to whatever its group holds."""
-        with contextlib.suppress(ProcessLookupError):
+        self._kill_group()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_SECONDS):
+                await asyncio.shield(self._watch.ended)
+        await self._clear_away()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        with contextlib.suppress(TimeoutError):
+
+    async def _clear_away(self) -> None:
+        """What is left of its group, and our ends of its pipes, after its last words."""
+        self._kill_group()
+        with contextlib.suppress(TimeoutError):  # another process may hold the pipe
             async with asyncio.timeout(KILL_SECONDS):
-                await asyncio.shield(self._ended)
+                await asyncio.shield(self._watch.stderr_closed)
+        self._transport.close()
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
 
-    async def _wait(self) -> int:
-        return await self._process.wait()
+class _Watch(asyncio.SubprocessProtocol):
+    """What a child says and when it ends. Not the streams of asyncio.subprocess: their `wait`
+    waits for the pipes too, and these stay open as long as any grandchild lives.
+    """
 
-    async def _rest_of_stderr(self) -> None:
-        """Until the pipe closes; not for ever, as another process may hold it."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(KILL_SECONDS):
-                await asyncio.shield(self._stderr)
+    def __init__(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        self.first_line: asyncio.Future[bytes] = loop.create_future()
+        self.ended: asyncio.Future[int] = loop.create_future()  # exit status, -N: by signal N
+        self.stderr_closed: asyncio.Future[None] = loop.create_future()
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._name = name
+        self._transport: asyncio.SubprocessTransport | None = None
+        self._pending = {1: b"", 2: b""}  # file descriptor: begun line
 
-    async def _read_stderr(self) -> None:
-        assert self._process.stderr is not None
-        while line := await self._process.stderr.readline():
-            text = line.decode("utf-8", "replace").rstrip()
-            self._last.append(text)
-            CHILDREN.info("%s: %s", self.name, text)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, self._pending[fd] = (self._pending[fd] + data).split(b"\n")
+        for line in lines:
+            if fd == 1:
+                if not self.first_line.done():
+                    self.first_line.set_result(line)
+            else:
+                self._note(line)
+
+    def pipe_connection_lost(self, fd: int, _exc: Exception | None) -> None:
+        if fd == 2 and not self.stderr_closed.done():
+            if self._pending[2]:
+                self._note(self._pending[2])
+            self.stderr_closed.set_result(None)
+
+    def process_exited(self) -> None:
+        assert self._transport is not None
+        status = self._transport.get_returncode()
+        self.ended.set_result(0 if status is None else status)
+
+    def _note(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").rstrip()
+        self.last_lines.append(text)
+        CHILDREN.info("%s: %s", self._name, text)

@@ -29,6 +29,7 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
     refuse_after: int = 0  # words
     pause_seconds: float = 0.0  # before each word
     state: str = "serving"
+    context_tokens: int = 2048
     asked: list[inference_pb2.GenerateRequest | inference_pb2.ChatRequest] = field(
         default_factory=list
     )
@@ -44,6 +45,9 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
                 self.cancelled.set()
 
         context.add_callback(ended)
+        if options.max_tokens > self.context_tokens:
+            text = f"max_tokens is {options.max_tokens}; the context is {self.context_tokens}"
+            context.abort(grpc.StatusCode.OUT_OF_RANGE, text)
         yield Reply(prefill=inference_pb2.Prefill(done_tokens=2, total_tokens=4))
         for i, word in enumerate(self.words):
             if self.refuse is not None and i == self.refuse_after:
@@ -123,7 +127,7 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
             ],
             links=[_link()],
             figures=inference_pb2.Figures(answer_tokens=5, tokens_per_second=12.5),
-            context_tokens=2048,
+            context_tokens=self.context_tokens,
             expected_workers=1,
         )
 

@@ -47,6 +47,10 @@ if trouble == "port" and not is_worker:
     fail("port 7685 on 127.0.0.1 is in use", "choose another with --grpc-port", 1)
 if trouble == "usage" and not is_worker:
     fail("--host 0.0.0.0: loopback only", "use --host 127.0.0.1", 2)
+if trouble == "plan" and not is_worker:  # after its doors have opened and closed again
+    print(json.dumps({{"grpc": "127.0.0.1:1", "fleet": "x", "pid": os.getpid()}}), flush=True)
+    stop.wait(0.5)
+    fail("needs 9.1 GiB, two workers offer 2.0", "add a worker", 1)
 if is_worker:
     name = sys.argv[sys.argv.index("--name") + 1]
     if trouble == "memory":
@@ -224,6 +228,7 @@ def test_kill_9_of_serve_leaves_no_process(serve: Serve) -> None:
         ("port", "port 7685 on 127.0.0.1 is in use", "choose another with --grpc-port", 1),
         ("usage", "--host 0.0.0.0: loopback only", "use --host 127.0.0.1", 2),
         ("memory", "needs 9.1 GiB, 2.0 GiB are free", "lower --context", 1),
+        ("plan", "needs 9.1 GiB, two workers offer 2.0", "add a worker", 1),
     ],
 )
 def test_a_program_that_can_not_start_is_quoted(
@@ -307,7 +312,7 @@ async def test_a_child_that_says_nonsense_is_named(fakes: Path) -> None:
 async def test_how_a_child_ended_is_told_with_its_last_words(fakes: Path) -> None:
     (fakes / "potluck-worker").write_text("#!/bin/sh\necho out of luck >&2\nexit 7\n")
     child = await Child.start("w1", "potluck-worker")
-    told = await child.ended()
+    told = await child.end()
     assert isinstance(told, ChildDied)
     assert told.message == "w1 ended (7): out of luck"
 
@@ -328,7 +333,7 @@ async def test_a_wrong_command_line_of_a_child_is_ours(fakes: Path) -> None:
         "#!/bin/sh\necho 'potluck-worker: error: x' >&2\nexit 2\n"
     )
     child = await Child.start("w1", "potluck-worker")
-    assert isinstance(await child.ended(), UsageError)
+    assert isinstance(await child.end(), UsageError)
 
 
 def test_join_becomes_the_worker_with_the_same_options(

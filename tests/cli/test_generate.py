@@ -85,6 +85,18 @@ def test_greedy_is_told_from_unset(service: FakeService) -> None:
     assert asked(service).options.HasField("temperature")
 
 
+def test_a_short_context_shortens_what_nobody_asked_for(
+    service: FakeService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.context_tokens = 64
+    assert cli.main(["generate", "x", "--connect", service.address]) == 0
+    assert capsys.readouterr().out == "Paris is a city.\n"
+    asked_tokens = [request.options.max_tokens for request in service.asked]
+    assert asked_tokens == [256, 0]
+    assert cli.main(["generate", "x", "--max-tokens", "99", "--connect", service.address]) == 1
+    assert "the context is 64" in capsys.readouterr().err
+
+
 def test_a_dash_reads_the_prompt_from_stdin(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
