@@ -282,7 +282,9 @@ def _reason(broken: BaseExceptionGroup[Exception]) -> str:
     """One line of why a stream broke."""
     for error in broken.exceptions:
         if isinstance(error, grpc.aio.AioRpcError):
-            return error.details() or error.code().name
+            details = error.details() or error.code().name
+            # gRPC's words on this are a paragraph.
+            return "nobody answers" if "failed to connect" in details.lower() else details
         if isinstance(error, _Broken):
             return str(error)
     return f"no connection within {options.CONNECT_SECONDS:g} s"
