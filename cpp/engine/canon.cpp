@@ -10,7 +10,7 @@ namespace {
 template <class To, class From>
 To BitsAs(From from) {
   static_assert(sizeof(To) == sizeof(From));
-  To to;
+  To to{};
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }

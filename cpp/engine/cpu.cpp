@@ -18,8 +18,7 @@ namespace {
 size_t AffinityCpus() {
 #if defined(__linux__)
   // Sized for 8192 CPUs: the kernel refuses a mask that is smaller than its own.
-  constexpr size_t kSets = 8;
-  cpu_set_t sets[kSets];
+  cpu_set_t sets[8];
   if (sched_getaffinity(0, sizeof(sets), sets) == 0) {
     const int count = CPU_COUNT_S(sizeof(sets), sets);
     if (count > 0) return static_cast<size_t>(count);
@@ -57,6 +56,15 @@ double QuotaUpwards(const std::string& mount, std::string path) {
   }
 }
 
+// Whether a list such as "cpu,cpuacct" holds "cpu".
+bool NamesCpu(const std::string& controllers) {
+  std::istringstream names(controllers);
+  std::string name;
+  while (std::getline(names, name, ','))
+    if (name == "cpu") return true;
+  return false;
+}
+
 }  // namespace
 
 double QuotaCpus(const std::string& cgroup_file, const std::string& mount) {
@@ -72,9 +80,9 @@ double QuotaCpus(const std::string& cgroup_file, const std::string& mount) {
     std::getline(fields, controllers, ':');
     std::getline(fields, path);
     if (path == "/") path.clear();
-    const bool is_v1_cpu = ("," + controllers + ",").find(",cpu,") != std::string::npos;
-    if (!controllers.empty() && !is_v1_cpu) continue;
-    const std::string own_mount = controllers.empty() ? mount : mount + "/" + controllers;
+    if (!controllers.empty() && !NamesCpu(controllers)) continue;
+    std::string own_mount = mount;
+    if (!controllers.empty()) own_mount.append("/").append(controllers);
     for (const std::string& place : {own_mount, mount + "/cpu"}) {
       const double quota = QuotaUpwards(place, path);
       if (quota > 0) tightest = tightest > 0 ? std::min(tightest, quota) : quota;

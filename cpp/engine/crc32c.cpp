@@ -68,7 +68,7 @@ uint32_t MovedOn(const Joints& joints, uint32_t crc) {
 }
 
 uint64_t WordAt(const uint8_t* bytes) {
-  uint64_t word;
+  uint64_t word = 0;
   std::memcpy(&word, bytes, sizeof(word));
   return word;
 }

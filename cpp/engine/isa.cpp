@@ -68,7 +68,7 @@ std::vector<std::string> AvailableIsas() {
 
 const KernelTable& ChooseTable(std::string_view isa) {
   std::string wanted(isa);
-  const char* forced = std::getenv("POTLUCK_ISA");
+  const char* forced = std::getenv("POTLUCK_ISA");  // NOLINT(concurrency-mt-unsafe): never set here
   const bool obeys = wanted == "auto" && forced != nullptr && *forced != '\0';
   if (obeys) wanted = forced;
   const std::string source = obeys ? "POTLUCK_ISA=" : "isa ";

@@ -12,7 +12,8 @@
 namespace potluck {
 namespace {
 
-constexpr size_t kPieceBytes = 256 * 1024;  // some 10 us each: sharing them out costs nothing
+constexpr size_t kPieceBytes =
+    size_t{256} * 1024;  // some 10 us each: sharing them out costs nothing
 constexpr size_t kPieceWords = kPieceBytes / sizeof(uint64_t);
 
 // Eight sums side by side, so that loads and not additions are the limit, even at the baseline ISA.
@@ -28,7 +29,7 @@ uint64_t SumOf(const uint64_t* words, size_t n) {
 }  // namespace
 
 double ReadBandwidth(Pool& pool, size_t size_bytes, size_t rounds) {
-  const size_t least = pool.threads() * (1 << 20);
+  const size_t least = pool.threads() << 20;
   if (size_bytes < least)
     throw UsageError("size_bytes: at least 1 MiB a thread, " + std::to_string(least) + ", not " +
                      std::to_string(size_bytes));
