@@ -98,7 +98,8 @@ _MEMORY_FILES = (
 
 def machine_of(engine: Engine, free_bytes: int, root: Path = Path("/")) -> Machine:
     """Measures; takes 0.1 s. `free_bytes` bounds the buffer that the bandwidth is measured over."""
-    size_bytes = max(2**20, min(BANDWIDTH_BYTES, free_bytes // 4))
+    least = 2**20 * engine.threads  # that the engine measures over
+    size_bytes = max(least, min(BANDWIDTH_BYTES, free_bytes // 4))
     return Machine(
         name=platform.node() or "unnamed",
         platform=f"{platform.system().lower()} {platform.machine()}",

@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potluck.cli import logs, quantities, terminal
+from potluck.cli import logs, memory, quantities, terminal
 from potluck.cli.programs import Child, ChildDied
 from potluck.cli.stopping import StopSignals
 from potluck.errors import PotluckError
@@ -96,6 +96,10 @@ class LocalCluster:
                 *("--workers", str(s.workers), *s.coordinator_options),
             )
             self.address = str((await self.coordinator.ready()).get("grpc", ""))
+        share = memory.share_bytes(s.local_workers) if s.local_workers > 1 else None
+        if share is not None and "--memory" not in s.worker_options:
+            options = (*s.worker_options, "--memory", str(share))
+            self.settings = replace(s, worker_options=options)
         for i in range(s.local_workers):
             await self._start_worker(f"w{i + 1}")
 

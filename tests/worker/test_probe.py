@@ -91,11 +91,13 @@ def test_a_machine_is_measured_over_what_is_free() -> None:
             return 2e9
 
     engine = Engine()
-    machine = machine_of(engine, 8 * 2**20)
-    assert engine.asked == (2 * 2**20, 3)
+    machine = machine_of(engine, 16 * 2**20)
+    assert engine.asked == (4 * 2**20, 3)
     assert (machine.isa, machine.threads, machine.read_bytes_per_second) == ("scalar", 3, 2e9)
     assert machine.cores >= 1
     assert machine.platform.startswith("linux ")
+    machine_of(engine, 0)  # a limit below what this process has taken is no reason to fail
+    assert engine.asked == (3 * 2**20, 3)  # the engine wants 1 MiB a thread
 
 
 def test_this_machine_has_memory() -> None:
