@@ -75,6 +75,7 @@ class LocalCluster:
             except asyncio.CancelledError:
                 if not signals.received:
                     raise
+                terminal.note("stopping; Ctrl-C again stops at once")
             except PotluckError as error:
                 error.remedy = error.remedy or f"the log is {self.log}"
                 raise

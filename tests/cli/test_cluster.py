@@ -34,7 +34,7 @@ trouble = os.environ.get("FAKE", "")
 here = Path(sys.argv[0]).parent
 stop = threading.Event()
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: stop.set())
+    signal.signal(number, lambda *_: trouble == "deaf" or stop.set())
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 
 
@@ -296,6 +296,20 @@ def test_ctrl_c_before_it_serves_is_130(serve: Serve, fakes: Path) -> None:
     assert server.returncode == 130
     assert "potluck join 127.0.0.1:" in err
     until_all_ended({"coordinator": int((fakes / "coordinator.alive.pid").read_text())})
+
+
+def test_a_second_ctrl_c_ends_it_at_once(serve: Serve) -> None:
+    server = serve("--json", fake="deaf")
+    said = ready(server)
+    assert server.stderr is not None
+    server.send_signal(signal.SIGINT)
+    until_asked_to_stop = time.monotonic()
+    while "stopping" not in server.stderr.readline():
+        assert time.monotonic() < until_asked_to_stop + PATIENCE_SECONDS
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=PATIENCE_SECONDS)  # its children would drain for half a minute
+    assert server.returncode == 130
+    until_all_ended(said["pids"])
 
 
 async def test_a_child_that_says_nonsense_is_named(fakes: Path) -> None:
