@@ -10,7 +10,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from potluck.cli import asking, running, streaming, terminal
+from potluck.cli import asking, running, streaming, terminal, values
 from potluck.cli.conversation import Conversation
 from potluck.errors import ContextExceeded, PotluckError
 
@@ -24,8 +24,11 @@ _KEYS = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `potluck chat`."""
     asking.add_connect(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told to be")
-    parser.add_argument("--message", metavar="TEXT", help="ask this one thing and leave")
+    text = values.plain
+    parser.add_argument(
+        "--system", type=text, default="", metavar="TEXT", help="what the model is told to be"
+    )
+    parser.add_argument("--message", type=text, metavar="TEXT", help="ask this one thing and leave")
     asking.add_answer_options(parser, usual_tokens="0")
     parser.epilog = f"On a terminal: {_KEYS}. Otherwise each line of stdin is a message."
 

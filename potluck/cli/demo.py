@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=values.whole(1, 16), default=3, metavar="N", help="how many (default 3)"
     )
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the question")
+    parser.add_argument(
+        "--prompt", type=values.plain, default=PROMPT, metavar="TEXT", help="the question"
+    )
     parser.add_argument(
         "--max-tokens", type=values.whole(1), default=160, metavar="N", help="(default 160)"
     )

@@ -18,7 +18,9 @@ HELP = "Continue a prompt as it is (a conversation: chat)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `potluck generate`."""
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; -: read from stdin")
+    parser.add_argument(
+        "prompt", type=values.plain, metavar="PROMPT", help="the text to continue; -: from stdin"
+    )
     asking.add_connect(parser)
     asking.add_answer_options(parser, usual_tokens=str(USUAL_TOKENS))
     parser.add_argument(

@@ -48,9 +48,18 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
     return parse
 
 
+def plain(text: str) -> str:
+    """A text as it is. Bytes of the command line that are not UTF-8 come as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"not UTF-8 from character {error.start} on") from None
+    return text
+
+
 def stop_text(text: str) -> str:
     """A text that ends an answer: 1 to 128 bytes."""
-    if not 1 <= len(text.encode("utf-8", "surrogateescape")) <= 128:
+    if not 1 <= len(plain(text).encode("utf-8")) <= 128:
         raise argparse.ArgumentTypeError("a text of 1 to 128 bytes")
     return text
 

@@ -50,6 +50,7 @@ def test_nothing_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "x", "--temperature", "nan"], "--temperature: 0 to 2, not nan", "--help"),
         (["generate", "x", "--seed", "-1"], "--seed: 0 to 9223372036854775807, not -1", "--help"),
         (["generate", "x", "--stop", ""], "--stop: a text of 1 to 128 bytes", "--help"),
+        (["generate", "a\udcff"], "PROMPT: not UTF-8 from character 1 on", "--help"),
         (["generate", "x", "--logprobs", "2"], "--logprobs are printed with --json", "add --json"),
         (["generate", "x", "--connect", "a:99999"], "port 99999 is not between", ""),
         (["serve"], "MODEL is missing", "potluck serve --help"),
