@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int] | npt.NDArray[np.int32]
 
-# How many candidates are sorted before all are: 49,152 take 3.3 ms, the first 64 of them 0.05 ms.
-_PREFIXES = (64, 1024, 16384)
+# So many candidates are sorted first, and so many times more if the draw lies beyond them: the first
+# 64 of 49,152 take 0.05 ms, all of them 3.3 ms.
+_FIRST_SORTED = 64
+_MORE_SORTED = 16
 
 
 class Maths(Protocol):
@@ -268,12 +270,12 @@ def _draw(logits: Logits, largest: float, sampling: Sampling, position: int, mat
         return int(ids[place])
     every = _weights(logits, largest, sampling.temperature, maths)
     total = float(np.cumsum(every, dtype=np.float64)[-1])
-    for count in (*(n for n in _PREFIXES if n < vocab), vocab):
+    count = min(_FIRST_SORTED, vocab)
+    ids = _most_likely(logits, count)
+    while (place := _choose(every[ids], total, sampling, u, is_all=count == vocab)) is None:
+        count = min(_MORE_SORTED * count, vocab)
         ids = _most_likely(logits, count)
-        place = _choose(every[ids], total, sampling, u, is_all=count == vocab)
-        if place is not None:
-            return int(ids[place])
-    raise AssertionError("all candidates stand ready and none was chosen")
+    return int(ids[place])
 
 
 def _weights(logits: Logits, largest: float, temperature: float, maths: Maths) -> Logits:
