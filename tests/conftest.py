@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from potluck import catalogue
 from potluck.errors import PotluckError
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers our marker of tests that take minutes on a loaded machine."""
+    config.addinivalue_line("markers", "slow: compares thousands of positions of a real model")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With POTLUCK_NO_SKIPS (scripts/test --all) a test that leaves itself out has failed."""
+    report = yield
+    if os.environ.get("POTLUCK_NO_SKIPS") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} left itself out, which is no pass: {report.longrepr}"
+    return report
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,7 +1,9 @@
 """What a LLaMA model says, in plain numpy and float64: a second implementation, to judge the first.
 
-Reads like the paper and shares nothing with the engine: weights dequantized by dequantize.py,
-activations never quantized, KV not rounded. All positions of a timeline at once, one matrix in
+Reads like the paper and shares nothing with the engine: weights by dequantize.py, nothing rounded.
+`rounds` makes it round what the engine rounds by design (activations to 8 bits where the
+weights have blocks, the KV to f16) and nothing else: close enough to the engine to show a wrong
+minimum or centre that hides in that rounding. All positions of a timeline at once, one matrix in
 memory at a time: 2,000 positions of SmolLM2 take 12 s on two cores.
 """
 
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from potluck.blocks import BY_NAME
 from potluck.gguf import GgufFile
 from potluck.model import EMBEDDING, HEAD, HEAD_NORM, ModelConfig
 from potluck.testing.dequantize import F64, tensor_values
@@ -33,38 +36,79 @@ class OracleKv:
         return len(self.keys[0]) if self.keys else 0
 
 
-def oracle_logits(file: GgufFile, config: ModelConfig, tokens: Sequence[int]) -> F64:
-    """Logits [n, vocab] after each of n tokens from position 0 on."""
-    return oracle_head(file, config, oracle_hidden(file, config, tokens))
+class Oracle:
+    """The model in `file`, with the shape `config` (whose RoPE layout a test may change)."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig, *, rounds: bool = False) -> None:
+        self.file = file
+        self.config = config
+        self.rounds = rounds
+
+    def logits(self, tokens: Sequence[int]) -> F64:
+        """Logits [n, vocab] after each of n tokens from position 0 on."""
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Sequence[int], kv: OracleKv | None = None) -> F64:
+        """Hidden states [n, dim] after the last layer; `tokens` continue the timeline in `kv`."""
+        kv = kv or OracleKv()
+        x: F64 = self._values(EMBEDDING)[np.asarray(tokens)]
+        for layer in range(self.config.n_layers):
+            x = self.layer(layer, x, kv)
+        return x
+
+    def layer(self, layer: int, x: F64, kv: OracleKv) -> F64:
+        """Hidden states [n, dim] after one layer; x continues that layer's timeline in `kv`."""
+        positions = len(kv.keys.get(layer, ())) + np.arange(len(x))
+        x = x + self._attention(layer, x, positions, kv)
+        return x + self._feed_forward(layer, x)
+
+    def head(self, x: F64) -> F64:
+        """Hidden states [n, dim] to logits [n, vocab]."""
+        normed = norm(x, self._values(HEAD_NORM), self.config.norm_eps)
+        return self._product(normed, EMBEDDING if self.config.tied_embeddings else HEAD)
+
+    def _attention(self, layer: int, x: F64, positions: I64, kv: OracleKv) -> F64:
+        """What attention adds to x [n, dim]; appends to `kv`."""
+        c, n, at = self.config, len(x), f"blk.{layer}"
+        h = norm(x, self._values(f"{at}.attn_norm.weight"), c.norm_eps)
+        q = self._product(h, f"{at}.attn_q.weight").reshape(n, c.n_heads, c.head_dim)
+        k = self._product(h, f"{at}.attn_k.weight").reshape(n, c.n_kv_heads, c.head_dim)
+        v = self._product(h, f"{at}.attn_v.weight").reshape(n, c.n_kv_heads, c.head_dim)
+        q, k = rotate(q, positions, c), rotate(k, positions, c)
+        if self.rounds:
+            k, v = k.astype(np.float16).astype(np.float64), v.astype(np.float16).astype(np.float64)
+        if layer in kv.keys:
+            k, v = np.concatenate([kv.keys[layer], k]), np.concatenate([kv.values[layer], v])
+        kv.keys[layer], kv.values[layer] = k, v
+        return self._product(attend(q, k, v, positions), f"{at}.attn_output.weight")
+
+    def _feed_forward(self, layer: int, x: F64) -> F64:
+        """What the SwiGLU network adds to x [n, dim]."""
+        at = f"blk.{layer}"
+        h = norm(x, self._values(f"{at}.ffn_norm.weight"), self.config.norm_eps)
+        gate = self._product(h, f"{at}.ffn_gate.weight")
+        up = self._product(h, f"{at}.ffn_up.weight")
+        return self._product(gate / (1 + np.exp(-gate)) * up, f"{at}.ffn_down.weight")
+
+    def _product(self, x: F64, name: str) -> F64:
+        """x [n, cols] times the matrix `name` [rows, cols], transposed; [n, rows]."""
+        block = BY_NAME[self.file.tensors[name].type_name].values
+        if self.rounds and block > 1:
+            x = rounded_to_int8(x, block)
+        product: F64 = x @ self._values(name).T
+        return product
+
+    def _values(self, name: str) -> F64:
+        return tensor_values(self.file, name)
 
 
-def oracle_hidden(
-    file: GgufFile, config: ModelConfig, tokens: Sequence[int], kv: OracleKv | None = None
-) -> F64:
-    """Hidden states [n, dim] after the last layer; `tokens` continue the timeline in `kv`."""
-    kv = kv or OracleKv()
-    positions = kv.length + np.arange(len(tokens))
-    x: F64 = tensor_values(file, EMBEDDING)[np.asarray(tokens)]
-    for layer in range(config.n_layers):
-        x = x + _attention(file, config, layer, x, positions, kv)
-        x = x + _feed_forward(file, config, layer, x)
-    return x
-
-
-def oracle_head(file: GgufFile, config: ModelConfig, x: F64) -> F64:
-    """Hidden states [n, dim] to logits [n, vocab]."""
-    weights = tensor_values(file, EMBEDDING if config.tied_embeddings else HEAD)
-    logits: F64 = normed(x, tensor_values(file, HEAD_NORM), config.norm_eps) @ weights.T
-    return logits
-
-
-def normed(x: F64, weight: F64, eps: float) -> F64:
+def norm(x: F64, weight: F64, eps: float) -> F64:
     """Root mean square norm of each row of [n, dim], times weight [dim]."""
     out: F64 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
     return out
 
 
-def rotated(x: F64, positions: I64, config: ModelConfig) -> F64:
+def rotate(x: F64, positions: I64, config: ModelConfig) -> F64:
     """Turn the value pairs of each head by their position (rotary embedding, arXiv:2104.09864).
 
     x is [n, heads, head_dim], positions [n]. Pair i of the first rope_dim values is turned by
@@ -85,42 +129,30 @@ def rotated(x: F64, positions: I64, config: ModelConfig) -> F64:
     return out
 
 
-def _attention(
-    file: GgufFile, config: ModelConfig, layer: int, x: F64, positions: I64, kv: OracleKv
-) -> F64:
-    """What attention adds to x [n, dim]; appends to `kv`."""
-    n = len(x)
-    at = f"blk.{layer}"
-    h = normed(x, tensor_values(file, f"{at}.attn_norm.weight"), config.norm_eps)
+def attend(q: F64, k: F64, v: F64, positions: I64) -> F64:
+    """Each query of [n, n_heads, head_dim] at its position over keys and values up to there.
 
-    def projected(name: str, n_heads: int) -> F64:
-        weights = tensor_values(file, f"{at}.{name}.weight")
-        return (h @ weights.T).reshape(n, n_heads, config.head_dim)
-
-    q = rotated(projected("attn_q", config.n_heads), positions, config)
-    k = rotated(projected("attn_k", config.n_kv_heads), positions, config)
-    v = projected("attn_v", config.n_kv_heads)
-    if layer in kv.keys:
-        k, v = np.concatenate([kv.keys[layer], k]), np.concatenate([kv.values[layer], v])
-    kv.keys[layer], kv.values[layer] = k, v
-
-    hidden = np.arange(len(k)) > positions[:, None]  # [n, positions]: what lies in the future
-    mixed = np.empty((n, config.n_heads, config.head_dim))
-    for head in range(config.n_heads):
-        shared = head // (config.n_heads // config.n_kv_heads)
-        scores = q[:, head] @ k[:, shared].T / np.sqrt(config.head_dim)
-        scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        mixed[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, shared]
-    return mixed.reshape(n, -1) @ tensor_values(file, f"{at}.attn_output.weight").T
+    k, v are [positions, n_kv_heads, head_dim], from position 0 on. Gives [n, n_heads * head_dim].
+    """
+    n_shared = q.shape[1] // k.shape[1]  # query heads of one KV head
+    mixed = np.empty_like(q)
+    for start in range(0, len(q), 256):
+        rows = slice(start, start + 256)
+        n_seen = int(positions[rows][-1]) + 1  # all later keys are future to these rows
+        is_future = np.arange(n_seen) > positions[rows, None]  # [rows, n_seen]
+        for head in range(q.shape[1]):
+            shared = head // n_shared
+            scores = q[rows, head] @ k[:n_seen, shared].T / np.sqrt(q.shape[2])
+            scores[is_future] = -np.inf
+            shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+            mixed[rows, head] = shares @ v[:n_seen, shared] / shares.sum(axis=1, keepdims=True)
+    return mixed.reshape(len(q), -1)
 
 
-def _feed_forward(file: GgufFile, config: ModelConfig, layer: int, x: F64) -> F64:
-    """What the SwiGLU network adds to x [n, dim]."""
-    at = f"blk.{layer}"
-    h = normed(x, tensor_values(file, f"{at}.ffn_norm.weight"), config.norm_eps)
-    gate = h @ tensor_values(file, f"{at}.ffn_gate.weight").T
-    up = h @ tensor_values(file, f"{at}.ffn_up.weight").T
-    hidden = gate / (1 + np.exp(-gate)) * up  # [n, ffn_dim]
-    added: F64 = hidden @ tensor_values(file, f"{at}.ffn_down.weight").T
-    return added
+def rounded_to_int8(x: F64, block: int) -> F64:
+    """Each block of a row to 127 steps of its largest magnitude, as the engine does."""
+    blocks = x.reshape(-1, block)
+    step = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    step[step == 0] = 1
+    rounded: F64 = np.rint(blocks / step) * step
+    return rounded.reshape(x.shape)

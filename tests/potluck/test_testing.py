@@ -16,18 +16,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from potluck import blocks, gguf
 from potluck.model import WEIGHT_TYPES, ModelConfig, config_of
 from potluck.testing import (
+    Oracle,
     OracleKv,
     TinyShape,
     dequantize,
-    oracle_hidden,
-    oracle_logits,
     quantize,
     tensor_values,
     tiny_metadata,
     tiny_tensors,
     write_tiny,
 )
-from potluck.testing.oracle import rotated
+from potluck.testing.oracle import rotate
 from potluck.testing.vocabulary import LEAST_TOKENS, vocabulary
 
 TEXT = "The potluck is on: an older man and the luck of it. Grüße, 中文 👋\n\tx = 3.14"
@@ -176,8 +175,8 @@ def test_weights_are_read_back_as_they_were_written(tmp_path: Path, type_name: s
 def test_the_oracle_continues_a_timeline_as_if_it_were_whole(tmp_path: Path) -> None:
     file, config = model_of(tmp_path, TinyShape(n_layers=3))
     tokens = list(range(30, 60))
-    whole, kv = oracle_hidden(file, config, tokens), OracleKv()
-    parts = [oracle_hidden(file, config, tokens[a:b], kv) for a, b in ((0, 1), (1, 18), (18, 30))]
+    whole, kv = Oracle(file, config).hidden(tokens), OracleKv()
+    parts = [Oracle(file, config).hidden(tokens[a:b], kv) for a, b in ((0, 1), (1, 18), (18, 30))]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9, atol=1e-12)
     assert kv.length == 30
 
@@ -185,7 +184,7 @@ def test_the_oracle_continues_a_timeline_as_if_it_were_whole(tmp_path: Path) -> 
 def test_the_oracle_does_not_look_ahead(tmp_path: Path) -> None:
     file, config = model_of(tmp_path, TinyShape())
     one, other = [5, 6, 7, 8, 9], [5, 6, 7, 8, 300]
-    a, b = oracle_logits(file, config, one), oracle_logits(file, config, other)
+    a, b = Oracle(file, config).logits(one), Oracle(file, config).logits(other)
     np.testing.assert_allclose(a[:4], b[:4], rtol=1e-12)
     assert np.abs(a[4] - b[4]).max() > 0.1
 
@@ -194,14 +193,14 @@ def test_every_part_of_a_tiny_model_matters(tmp_path: Path) -> None:
     """Otherwise a comparison with the oracle would prove little."""
     file, config = model_of(tmp_path, TinyShape("f32", dim=48, head_dim=12))
     tokens = list(range(100, 140))
-    logits = oracle_logits(file, config, tokens)
+    logits = Oracle(file, config).logits(tokens)
     moved = {
-        "positions": oracle_logits(file, replace(config, rope_theta=100.0), tokens),
-        "layout": oracle_logits(file, replace(config, rope_interleaved=False), tokens),
-        "rope_dim": oracle_logits(file, replace(config, rope_dim=6), tokens),
-        "eps": oracle_logits(file, replace(config, norm_eps=0.1), tokens),
-        "layers": oracle_logits(file, replace(config, n_layers=1), tokens),
-        "order": oracle_logits(file, config, [*reversed(tokens[:-1]), tokens[-1]]),
+        "positions": Oracle(file, replace(config, rope_theta=100.0)).logits(tokens),
+        "layout": Oracle(file, replace(config, rope_interleaved=False)).logits(tokens),
+        "rope_dim": Oracle(file, replace(config, rope_dim=6)).logits(tokens),
+        "eps": Oracle(file, replace(config, norm_eps=0.1)).logits(tokens),
+        "layers": Oracle(file, replace(config, n_layers=1)).logits(tokens),
+        "order": Oracle(file, config).logits([*reversed(tokens[:-1]), tokens[-1]]),
     }
     for what, other in moved.items():
         assert np.abs(logits[-1] - other[-1]).max() > 0.1, what
@@ -213,8 +212,8 @@ def test_the_two_rope_layouts_are_one_rotation_of_permuted_values(tmp_path: Path
     x = random_values(9, 32).reshape(9, 2, 16).astype(np.float64)
     order = [*range(0, 12, 2), *range(1, 12, 2), *range(12, 16)]
     positions = np.arange(3, 12)
-    one = rotated(x, positions, config)[..., order]
-    other = rotated(x[..., order], positions, replace(config, rope_interleaved=False))
+    one = rotate(x, positions, config)[..., order]
+    other = rotate(x[..., order], positions, replace(config, rope_interleaved=False))
     np.testing.assert_allclose(one, other, rtol=1e-12)
     assert np.array_equal(one[..., 12:], x[..., 12:])
 
@@ -224,8 +223,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only(tmp_path: Path) -> 
     q, k = random_values(1, 16).reshape(1, 1, 16), random_values(1, 16, seed=3).reshape(1, 1, 16)
 
     def score(q_position: int, k_position: int) -> float:
-        turned_q = rotated(q.astype(np.float64), np.array([q_position]), config)
-        turned_k = rotated(k.astype(np.float64), np.array([k_position]), config)
+        turned_q = rotate(q.astype(np.float64), np.array([q_position]), config)
+        turned_k = rotate(k.astype(np.float64), np.array([k_position]), config)
         assert np.linalg.norm(turned_q) == pytest.approx(np.linalg.norm(q))
         return float((turned_q * turned_k).sum())
 
