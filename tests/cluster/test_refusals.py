@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,22 +19,27 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 POTLUCK = str(Path(sys.executable).parent / "potluck")
 
 
+RUN = uuid.uuid4().hex  # in the environment of all that these tests start, and of nothing else
+
+
 def processes() -> set[int]:
-    """Ids of all processes of potluck's programs."""
+    """Ids of all living processes that these tests have started, at any depth."""
     found = set()
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                line = (entry / "cmdline").read_bytes()
+                environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if b"potluck-" in line or b"bin/potluck" in line:
+            if f"POTLUCK_TEST_RUN={RUN}".encode() in environment:
                 found.add(int(entry.name))
     return found
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "service" in request.fixturenames:
+        request.getfixturevalue("service")  # runs on after the test
     before = processes()
     yield
     assert processes() - before == set()
@@ -46,7 +52,7 @@ def potluck(*args: str, timeout: float = 60, **env: str) -> subprocess.Completed
         text=True,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **env},
+        env={**os.environ, "POTLUCK_TEST_RUN": RUN, **env},
         check=False,
     )
 
@@ -134,10 +140,10 @@ def test_workers_with_too_little_memory(smollm2: Path) -> None:
     ],
 )
 def test_a_running_service_refuses(
-    service: Callable[[], str], args: list[str], code: int, words: list[str]
+    service: str, args: list[str], code: int, words: list[str]
 ) -> None:
     words = [w.replace("-", "_") if w in ("top-p", "top-k", "min-p") else w for w in words]
-    done = potluck(*args, "--connect", service())
+    done = potluck(*args, "--connect", service)
     # Spelling of an option or of a field: both name it.
     done.stderr = done.stderr.replace("top-p", "top_p").replace("top-k", "top_k")
     done.stderr = done.stderr.replace("min-p", "min_p").replace("max_tokens", "max-tokens")
@@ -145,36 +151,19 @@ def test_a_running_service_refuses(
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Callable[[], str]]:
-    """Address of one cluster for all cases, started when first asked for."""
-    running: list[tuple[Any, str]] = []
-
-    def address() -> str:
-        if not running:
-            process = subprocess.Popen(
-                [
-                    POTLUCK,
-                    "serve",
-                    str(smollm2),
-                    "--local-workers",
-                    "2",
-                    "--context",
-                    "2048",
-                    "--json",
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-                text=True,
-            )
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            found = re.search(r"127\.0\.0\.1:\d+", line)
-            assert found, f"{line!r} {process.stderr.read() if process.stderr else ''}"
-            running.append((process, found[0]))
-        return running[0][1]
-
-    yield address
-    for process, _ in running:
-        process.terminate()
-        process.communicate(timeout=30)
+def service(smollm2: Path) -> Iterator[str]:
+    """Address of one cluster for all cases."""
+    process = subprocess.Popen(
+        [POTLUCK, "serve", str(smollm2), "--local-workers", "2", "--context", "2048", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "POTLUCK_TEST_RUN": RUN},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()
+    yield str(json.loads(line)["address"])
+    process.terminate()
+    process.communicate(timeout=30)
