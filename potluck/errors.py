@@ -1,7 +1,7 @@
 """Everything that can go wrong, as a tree. Imports nothing.
 
 PotluckError
-├── UsageError            a value out of range, options that exclude each other   "temperature: 0 to 2, not 7"
+├── UsageError            a value out of range, options that exclude each other
 ├── ModelError            file, shape, type: what was found, what was expected
 │   └── UnknownModel      no such name or path
 ├── PlanError             the workers can't hold it: needed and offered bytes, what to do
@@ -10,7 +10,7 @@ PotluckError
 │   ├── ContextExceeded   prompt and answer are longer than the context; both numbers
 │   └── Full              no room left: queue, sessions, KV pages; try again later
 ├── StepError             step numbers skipped or an epoch that is not loaded
-├── FrameError            an activation with a wrong checksum, shape, type or a value that is not finite
+├── FrameError            an activation: wrong checksum, shape or type, or not finite
 ├── Cancelled             by the person, or by a flush
 ├── WorkerError           a worker's identity in the fleet
 │   ├── UnknownWorker     not registered (any more); it must register again
@@ -19,7 +19,8 @@ PotluckError
 ├── StageLost             a worker is gone; survived inside, seen only when no plan is left
 └── EngineError           the compiled engine is missing, or an ISA this CPU lacks was forced
 
-Raise where the fact is known, with its numbers. Only doors translate, by the one table in potluck/rpc/status.py.
+Raise where the fact is known, with its numbers. Only doors translate, by the one table in
+potluck/rpc/status.py.
 """
 
 

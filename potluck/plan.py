@@ -1,4 +1,7 @@
-"""Which worker holds which layers: the nouns. Frozen and self-checking; no algorithm (that is coordinator/planner)."""
+"""Which worker holds which layers: the nouns, frozen and self-checking.
+
+No algorithm: that is coordinator/planner.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages in pipeline order: each layer exactly once, each worker at most once. Raises PlanError."""
+    """Stages in pipeline order: each layer once, each worker at most once. Raises PlanError."""
 
     n_layers: int
     stages: tuple[Stage, ...]

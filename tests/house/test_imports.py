@@ -32,7 +32,6 @@ MAY_IMPORT_GRPC = {
     "potluck/client.py",
     "coordinator/loading.py",
     "coordinator/pipeline.py",
-    "coordinator/loading.py",
     "coordinator/grpc_server.py",
     "coordinator/__main__.py",
     "worker/server.py",
