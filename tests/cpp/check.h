@@ -1,4 +1,5 @@
-// A test is a function with a sentence for a name; a failed check prints where and why, and the program exits with 1.
+// A test is a function with a sentence for a name; a failed check prints where and why, and the
+// program exits with 1.
 #pragma once
 
 #include <cstdio>
@@ -59,23 +60,23 @@ inline int Main(int argc, char** argv) {
 
 }  // namespace check
 
-#define TEST(name)                                             \
-  static void name();                                          \
+#define TEST(name)                                               \
+  static void name();                                            \
   static const check::Registration register_##name{#name, name}; \
   static void name()
-#define CHECK(claim) \
-  do {               \
+#define CHECK(claim)                                       \
+  do {                                                     \
     if (!(claim)) check::Fail(__FILE__, __LINE__, #claim); \
   } while (false)
 #define CHECK_EQ(a, b) check::Equal((a), (b), #a, __FILE__, __LINE__)
-#define CHECK_THROWS(statement, Error)                                          \
-  do {                                                                          \
-    bool thrown = false;                                                        \
-    try {                                                                       \
-      statement;                                                                \
-    } catch (const Error&) {                                                    \
-      thrown = true;                                                            \
-    }                                                                           \
+#define CHECK_THROWS(statement, Error)                                            \
+  do {                                                                            \
+    bool thrown = false;                                                          \
+    try {                                                                         \
+      statement;                                                                  \
+    } catch (const Error&) {                                                      \
+      thrown = true;                                                              \
+    }                                                                             \
     if (!thrown) check::Fail(__FILE__, __LINE__, #statement " threw no " #Error); \
   } while (false)
 #define CHECK_MAIN \
