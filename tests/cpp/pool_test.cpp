@@ -137,7 +137,7 @@ TEST(phases_of_random_length_with_random_sleep_lose_nothing) {
   for (const size_t threads : {2, 5}) {
     Pool pool(threads);
     std::vector<uint32_t> values(64, 0);
-    const int n_runs = 6000;
+    const int n_runs = 60000;
     uint64_t pieces = 0;
     for (int run = 0; run < n_runs; ++run) {
       const size_t n_pieces = 1 + random() % values.size();
@@ -145,7 +145,7 @@ TEST(phases_of_random_length_with_random_sleep_lose_nothing) {
       pool.Run(n_pieces, 1 + random() % 8, [&](size_t, size_t first, size_t last) {
         for (size_t i = first; i < last; ++i) ++values[i];
       });
-      if (random() % 64 == 0)
+      if (random() % 512 == 0)
         std::this_thread::sleep_for(std::chrono::microseconds(random() % 300));
     }
     uint64_t total = 0;
