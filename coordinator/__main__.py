@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: Settings) -> None:
     """Opens the model and the doors, announces them, and serves until told to stop."""
+    told = _listen(settings)
     model = await asyncio.to_thread(open_model, settings.model, settings.context_tokens)
     engine = Engine(model, settings, open_pipeline)
     conversations = Conversations(model.tokenizer, model.name, settings.chat_template)
@@ -57,19 +58,17 @@ async def serve(settings: Settings) -> None:
                 group.create_task(engine.run(), name="engine"),
                 group.create_task(engine.watch(), name="watch"),
             ]
-            group.create_task(_stop_when_told(engine, tasks, settings), name="stop")
+            group.create_task(_stop(told, engine, tasks), name="stop")
 
 
-async def _stop_when_told(
-    engine: Engine, tasks: Sequence[asyncio.Task[None]], settings: Settings
-) -> None:
-    """Waits for a signal or the end of standard input, then ends answers and `tasks`."""
+def _listen(settings: Settings) -> asyncio.Event:
+    """Set by the first signal, or by the end of standard input. The second signal ends at once."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         if told.is_set():
-            os._exit(_INTERRUPTED)  # the second one: at once
+            os._exit(_INTERRUPTED)
         told.set()
 
     def on_stdin() -> None:
@@ -84,6 +83,11 @@ async def _stop_when_told(
             loop.add_reader(sys.stdin.fileno(), on_stdin)
         except PermissionError:  # a file or /dev/null: there is nobody at the other end
             told.set()
+    return told
+
+
+async def _stop(told: asyncio.Event, engine: Engine, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Waits until told, then ends answers and `tasks`."""
     await told.wait()
     await engine.stop()
     for task in tasks:
