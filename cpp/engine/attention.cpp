@@ -17,6 +17,8 @@ constexpr size_t kMostCutRows = 8;
 // Tasks take unequal times; so many for each thread even that out.
 constexpr size_t kTasksPerThread = 4;
 
+constexpr size_t kLineValues = 32;  // f16 values of a cache line
+
 size_t DivideUp(size_t a, size_t b) { return (a + b - 1) / b; }
 
 size_t SplitsOf(const SessionRows& rows) {
@@ -70,7 +72,8 @@ void Attention::PlanSession(size_t session, size_t n_basic_tasks) {
   const size_t group = n_heads_ / n_kv_heads_;
   const bool cut = IsCut(rows);
   const size_t n_splits = SplitsOf(rows);
-  const size_t wanted_parts = DivideUp(kTasksPerThread * n_threads_, n_basic_tasks);
+  const size_t wanted_parts =
+      DivideUp(kTasksPerThread * n_threads_, std::max<size_t>(n_basic_tasks, 1));
   const size_t row_parts = std::min(wanted_parts, rows.n_rows);
   const size_t head_parts = n_threads_ == 1 ? 1 : DivideUp(wanted_parts, 2 * row_parts);
   const size_t heads = std::min(DivideUp(group, head_parts), kTaskRows);
@@ -159,16 +162,7 @@ void Attention::AddSplit(const Step& step, const Task& task, size_t split, float
   for (size_t t = 0; t < kTilesPerSplit; ++t) {
     const size_t tile_start = split * kSplitPositions + t * kTilePositions;
     if (tile_start >= stop) return;
-    KvTile tile = {};
-    for (size_t p = 0; p < kTilePages; ++p) {
-      const size_t position = tile_start + p * kKvPageTokens;
-      if (position >= stop) break;
-      const uint16_t* section =
-          step.kv.Section(rows.pages[position / kKvPageTokens], step.layer, task.kv_head);
-      tile.keys[2 * p] = section;
-      tile.keys[2 * p + 1] = section + kKvGroupTokens * head_dim_;
-      tile.values[p] = section + kKvPageTokens * head_dim_;
-    }
+    const KvTile tile = TileAt(step, task, tile_start, stop);
     // Rows below `first` stand before the tile, rows from `full` on see all of it. Those between
     // see as much as their own position: they are taken one by one, for a masked fma is not exact.
     const auto row_at = [&](size_t position) {
@@ -185,6 +179,30 @@ void Attention::AddSplit(const Step& step, const Task& task, size_t split, float
     const size_t i = (full - task.first_row) * heads;
     step.kernels.add_tile(tile, head_dim_, kTilePositions, q + i, state + i, task.Rows() - i);
   }
+}
+
+// The tile's positions below stop. The same pages' successors of the next tile are fetched into the
+// cache meanwhile: a section is short (4 KiB if head_dim is 64), so the CPU's own prefetcher has
+// hardly begun when it ends: without, 1500 positions of SmolLM2 take
+// 17 % longer.
+KvTile Attention::TileAt(const Step& step, const Task& task, size_t tile_start, size_t stop) const {
+  const int32_t* const pages = sessions_[task.session].pages;
+  const size_t key_values = kKvPageTokens * head_dim_;
+  KvTile tile = {};
+  for (size_t p = 0; p < kTilePages; ++p) {
+    const size_t position = tile_start + p * kKvPageTokens;
+    if (position >= stop) break;
+    const int32_t page = pages[position / kKvPageTokens];
+    const uint16_t* const section = step.kv.Section(page, step.layer, task.kv_head);
+    tile.keys[2 * p] = section;
+    tile.keys[2 * p + 1] = section + key_values / 2;
+    tile.values[p] = section + key_values;
+    if (position + kTilePositions >= stop) continue;
+    const int32_t next = pages[position / kKvPageTokens + kTilePages];
+    const uint16_t* const ahead = step.kv.Section(next, step.layer, task.kv_head);
+    for (size_t i = 0; i < 2 * key_values; i += kLineValues) __builtin_prefetch(ahead + i);
+  }
+  return tile;
 }
 
 // Rows that stand before the split are left out: merging an empty state could turn a -0.

@@ -68,6 +68,7 @@ class Attention {
   void WorkAllSplits(const Step& step, const Task& task, float* scratch);
   void WorkOneSplit(const Step& step, const Task& task);
   void AddSplit(const Step& step, const Task& task, size_t split, float* states) const;
+  KvTile TileAt(const Step& step, const Task& task, size_t tile_start, size_t stop) const;
   void MergeSplit(const Step& step, const Task& task, size_t split, const float* from,
                   float* into) const;
   void Finish(const Step& step, const Task& task, const float* states) const;

@@ -30,6 +30,30 @@ inline __m256 MaskOf(size_t count) {
       _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), lanes));
 }
 
+// sums[r][i] = fma(weights[r], wide[i], sums[r][i]), in the order that needs the fewest registers:
+// the smaller side is held, the larger one passes by.
+template <size_t Rows, size_t Count>
+inline void AddProducts(const float* const* weights, size_t at, const uint16_t* const* wide,
+                        size_t from, __m256 (&sums)[Rows][Count]) {
+  if constexpr (Rows < Count) {
+    __m256 weight[Rows];
+    for (size_t r = 0; r < Rows; ++r) weight[r] = _mm256_broadcast_ss(weights[r] + at);
+    for (size_t i = 0; i < Count; ++i) {
+      const __m256 value = Widen(wide[i] + from);
+      for (size_t r = 0; r < Rows; ++r) sums[r][i] = _mm256_fmadd_ps(weight[r], value, sums[r][i]);
+      // Keeps the compiler from loading all values first, which would spill.
+      asm volatile("" ::: "memory");
+    }
+  } else {
+    __m256 value[Count];
+    for (size_t i = 0; i < Count; ++i) value[i] = Widen(wide[i] + from);
+    for (size_t r = 0; r < Rows; ++r) {
+      const __m256 weight = _mm256_broadcast_ss(weights[r] + at);
+      for (size_t i = 0; i < Count; ++i) sums[r][i] = _mm256_fmadd_ps(weight, value[i], sums[r][i]);
+    }
+  }
+}
+
 // Scores of `Rows` query rows with `Groups` key groups, Rows * Groups chains at once. scores is
 // [Rows][64].
 template <size_t Rows, size_t Groups>
@@ -40,12 +64,7 @@ void ScoreGroups(const uint16_t* const* keys, size_t head_dim, const float* cons
     for (size_t g = 0; g < Groups; ++g) sums[r][g] = _mm256_setzero_ps();
   }
   for (size_t d = 0; d < head_dim; ++d) {
-    __m256 key[Groups];
-    for (size_t g = 0; g < Groups; ++g) key[g] = Widen(keys[g] + d * kGroup);
-    for (size_t r = 0; r < Rows; ++r) {
-      const __m256 query = _mm256_broadcast_ss(q[r] + d);
-      for (size_t g = 0; g < Groups; ++g) sums[r][g] = _mm256_fmadd_ps(query, key[g], sums[r][g]);
-    }
+    AddProducts<Rows, Groups>(q, d, keys, d * kGroup, sums);
   }
   for (size_t r = 0; r < Rows; ++r) {
     for (size_t g = 0; g < Groups; ++g) {
@@ -131,16 +150,13 @@ void MixVectors(const KvTile& tile, size_t head_dim, size_t n, size_t d, const f
   for (size_t r = 0; r < Rows; ++r) {
     for (size_t v = 0; v < Vectors; ++v) sums[r][v] = Load(states[r] + d + v * kGroup);
   }
+  const float* weight[Rows];
+  for (size_t r = 0; r < Rows; ++r) weight[r] = weights + r * kTilePositions;
   for (size_t j = 0; j < n; ++j) {
-    const uint16_t* const values = tile.values[j / kPage] + j % kPage * head_dim + d;
-    __m256 value[Vectors];
-    for (size_t v = 0; v < Vectors; ++v) value[v] = Widen(values + v * kGroup);
-    for (size_t r = 0; r < Rows; ++r) {
-      const __m256 weight = _mm256_broadcast_ss(weights + r * kTilePositions + j);
-      for (size_t v = 0; v < Vectors; ++v) {
-        sums[r][v] = _mm256_fmadd_ps(weight, value[v], sums[r][v]);
-      }
-    }
+    const uint16_t* const row = tile.values[j / kPage] + j % kPage * head_dim + d;
+    const uint16_t* value[Vectors];
+    for (size_t v = 0; v < Vectors; ++v) value[v] = row + v * kGroup;
+    AddProducts<Rows, Vectors>(weight, j, value, 0, sums);
   }
   for (size_t r = 0; r < Rows; ++r) {
     for (size_t v = 0; v < Vectors; ++v) _mm256_storeu_ps(states[r] + d + v * kGroup, sums[r][v]);
@@ -180,7 +196,7 @@ void Mix(const KvTile& tile, size_t head_dim, size_t n, const float* weights,
 template <size_t Rows, size_t Groups, size_t Vectors>
 void AddRows(const KvTile& tile, size_t head_dim, size_t n, const float* const* q,
              float* const* states) {
-  alignas(32) float weights[Rows * kTilePositions];
+  alignas(32) float weights[Rows * kTilePositions] = {};
   Score<Rows, Groups>(tile, head_dim, (n + kGroup - 1) / kGroup, q, weights);
   for (size_t r = 0; r < Rows; ++r) Weigh(head_dim, n, weights + r * kTilePositions, states[r]);
   Mix<Rows, Vectors>(tile, head_dim, n, weights, states);
