@@ -158,11 +158,12 @@ void KvPages::ReleasePage(int32_t page) {
   if (--references_[static_cast<size_t>(page)] != 0) return;
   free_.push_back(page);
   // Only whole pages of the system can be given back; the rest is reused.
-  const auto unit = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto start = reinterpret_cast<uintptr_t>(Section(page, 0, 0));
-  const uintptr_t first = (start + unit - 1) / unit * unit;
-  const uintptr_t last = (start + shape_.PageBytes()) / unit * unit;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  const auto unit = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  auto* const start = reinterpret_cast<uint8_t*>(Section(page, 0, 0));
+  const size_t before = (unit - reinterpret_cast<uintptr_t>(start) % unit) % unit;
+  if (before >= shape_.PageBytes()) return;
+  const size_t whole = (shape_.PageBytes() - before) / unit * unit;
+  if (whole > 0) madvise(start + before, whole, MADV_DONTNEED);
 }
 
 void KvPages::CopyPage(int32_t from, int32_t to) {

@@ -14,9 +14,9 @@ namespace potluck {
 namespace {
 
 // Products of a piece, [rows, columns] f32, should stay in the second cache beside the weights.
-constexpr size_t kPieceBytes = 64 * 1024;
+constexpr size_t kPieceBytes = size_t{64} << 10;
 // Weights of a piece when they are read once (few rows): long enough to stream.
-constexpr size_t kPieceWeightBytes = 64 * 1024;
+constexpr size_t kPieceWeightBytes = size_t{64} << 10;
 constexpr size_t kMostPiecePanels = 16;
 constexpr size_t kPiecesPerThread = 8;
 // Up to so many rows are multiplied in one pass over the weights (kernels/matmul_table.h).

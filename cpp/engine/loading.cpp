@@ -1,14 +1,8 @@
 #include "engine/loading.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstring>
-#include <system_error>
 #include <utility>
 
 #include "engine/errors.h"
@@ -33,50 +27,6 @@ size_t PlaceBytes(const TensorShape& shape, bool is_vector, WeightType type) {
 }
 
 size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
-
-// An open file, closed at the end of the scope.
-class File {
- public:
-  explicit File(const std::string& path) : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (descriptor_ < 0) throw ModelError(path + ": " + std::generic_category().message(errno));
-  }
-  ~File() { close(descriptor_); }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-
-  int descriptor() const { return descriptor_; }
-  uint64_t SizeBytes() const {
-    struct stat status = {};
-    if (fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) return 0;
-    return static_cast<uint64_t>(status.st_size);
-  }
-
- private:
-  int descriptor_;
-};
-
-void ReadAll(int file, const std::string& path, uint64_t offset_bytes, size_t n_bytes,
-             uint8_t* out) {
-  while (n_bytes > 0) {
-    const ssize_t got = pread(file, out, n_bytes, static_cast<off_t>(offset_bytes));
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) {
-      throw ModelError(path + ": can't read at byte " + std::to_string(offset_bytes) + ": " +
-                       (got < 0 ? std::generic_category().message(errno) : "the file ends"));
-    }
-    out += got;
-    offset_bytes += static_cast<uint64_t>(got);
-    n_bytes -= static_cast<size_t>(got);
-  }
-}
-
-// The system need not keep pages that are packed by now: they count against a container's limit.
-void DropPages(int file, uint64_t offset_bytes, uint64_t n_bytes) {
-#if defined(POSIX_FADV_DONTNEED)
-  posix_fadvise(file, static_cast<off_t>(offset_bytes), static_cast<off_t>(n_bytes),
-                POSIX_FADV_DONTNEED);
-#endif
-}
 
 float WidenedAt(WeightType type, const uint8_t* bytes, size_t i) {
   if (type == WeightType::kF32) {
@@ -231,28 +181,22 @@ void Loading::PutFile(Pool& pool, const std::string& name, const std::string& ty
   if (slot.n_panels_missing != slot.has_panel.size() || !slot.pending.empty()) {
     throw ModelError(name + ": put twice, some rows of it from memory");
   }
-  const File file(path);
+  const WeightFile file(path);
   const size_t row_bytes = RowBytes(slot.type->type, cols);
-  const uint64_t file_bytes = file.SizeBytes();
-  if (offset_bytes > file_bytes || file_bytes - offset_bytes < rows * row_bytes) {
-    throw ModelError(path + ": " + std::to_string(file_bytes) + " bytes, " + name + " needs " +
-                     std::to_string(rows * row_bytes) + " at byte " + std::to_string(offset_bytes) +
-                     "; is the file cut short?");
-  }
+  file.CheckHolds(name, offset_bytes, rows * row_bytes);
   const size_t slab_bytes = kPanelRows * row_bytes;
   std::vector<uint8_t> slabs(pool.threads() * slab_bytes);
   const size_t grain = std::max<size_t>(1, kReadBytes / slab_bytes);
   pool.Run(slot.has_panel.size(), grain, [&](size_t thread, size_t first, size_t last) {
-    ReadPanels(slot, file.descriptor(), path, offset_bytes, first, last,
-               slabs.data() + thread * slab_bytes);
+    ReadPanels(slot, file, offset_bytes, first, last, slabs.data() + thread * slab_bytes);
   });
-  DropPages(file.descriptor(), offset_bytes, rows * row_bytes);
+  file.Drop(offset_bytes, rows * row_bytes);
   slot.has_panel.assign(slot.has_panel.size(), true);
   slot.n_panels_missing = 0;
 }
 
 // Reads and packs panels [first, last), one slab at a time.
-void Loading::ReadPanels(const Slot& slot, int file, const std::string& path, uint64_t offset_bytes,
+void Loading::ReadPanels(const Slot& slot, const WeightFile& file, uint64_t offset_bytes,
                          size_t first, size_t last, uint8_t* slab) const {
   const size_t row_bytes = RowBytes(slot.type->type, slot.shape.cols);
   for (size_t panel = first; panel < last; ++panel) {
@@ -261,15 +205,15 @@ void Loading::ReadPanels(const Slot& slot, int file, const std::string& path, ui
     if (slot.is_rotated) {
       for (size_t r = 0; r < n_rows; ++r) {
         const uint64_t place = FileRow(slot, first_row + r) * row_bytes;
-        ReadAll(file, path, offset_bytes + place, row_bytes, slab + r * row_bytes);
+        file.Read(offset_bytes + place, row_bytes, slab + r * row_bytes);
       }
     } else {
-      ReadAll(file, path, offset_bytes + first_row * row_bytes, n_rows * row_bytes, slab);
+      file.Read(offset_bytes + first_row * row_bytes, n_rows * row_bytes, slab);
     }
     Pack(slot, panel, [&](size_t row) { return slab + (row - first_row) * row_bytes; });
   }
   const uint64_t start = first * kPanelRows * row_bytes;
-  DropPages(file, offset_bytes + start, last * kPanelRows * row_bytes - start);
+  file.Drop(offset_bytes + start, last * kPanelRows * row_bytes - start);
 }
 
 void Loading::Put(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,

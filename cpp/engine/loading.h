@@ -15,6 +15,7 @@
 #include "engine/arena.h"
 #include "engine/config.h"
 #include "engine/pool.h"
+#include "engine/weight_file.h"
 #include "engine/weights.h"
 
 namespace potluck {
@@ -54,8 +55,8 @@ class Loading {
   Slot& Claim(const std::string& name, const std::string& type_name, size_t rows, size_t cols);
   void CheckTied(const Slot& slot) const;
   size_t FileRow(const Slot& slot, size_t row) const;
-  void ReadPanels(const Slot& slot, int file, const std::string& path, uint64_t offset_bytes,
-                  size_t first, size_t last, uint8_t* slab) const;
+  void ReadPanels(const Slot& slot, const WeightFile& file, uint64_t offset_bytes, size_t first,
+                  size_t last, uint8_t* slab) const;
   void Pack(const Slot& slot, size_t panel, const RowAt& row_at) const;
   void PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row, const uint8_t* data);
   Matrix MatrixOf(const std::string& name) const;

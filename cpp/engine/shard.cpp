@@ -28,7 +28,7 @@ double SecondsSince(Clock::time_point start) {
 }
 
 // Config and part are right before anything is made of them.
-const Config& Checked(const Config& config, const ShardPart& part) {
+Config Checked(const Config& config, const ShardPart& part) {
   Check(config, part);
   return config;
 }

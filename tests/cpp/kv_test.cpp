@@ -1,6 +1,10 @@
 // Pages and sessions against a model that keeps every position's value by itself.
 #include "engine/kv.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <map>
 #include <random>
 #include <vector>
@@ -32,6 +36,16 @@ void Write(KvPages& kv, uint64_t session, size_t start, size_t stop, uint16_t ma
     MarkAt(kv, session, position) = static_cast<uint16_t>(mark + position);
   }
   kv.Commit(session, stop);
+}
+
+size_t ResidentBytes(const uint16_t* start, size_t n_bytes) {
+  const auto unit = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> resident(n_bytes / unit);
+  auto* const address = const_cast<uint16_t*>(start);
+  CHECK_EQ(mincore(address, n_bytes, resident.data()), 0);
+  size_t n = 0;
+  for (const unsigned char flags : resident) n += flags & 1u;
+  return n * unit;
 }
 
 struct Expected {
@@ -110,6 +124,21 @@ TEST(a_shared_page_without_a_free_one_is_refused_and_nothing_changes) {
   CHECK_THROWS(kv.Prepare(2, 5, 6), potluck::Full);
   CHECK_EQ(kv.Length(2), 32u);
   Write(kv, 2, 32, 48, 7);
+}
+
+TEST(memory_is_what_sessions_have_written_and_comes_back) {
+  const KvShape shape = {4, 2, 64};  // a page of 64 KiB
+  KvPages kv(shape, size_t{1} << 30, 4);
+  const uint16_t* const start = kv.Section(0, 0, 0);
+  CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 0u);
+  kv.Open(1, 1000);
+  kv.Prepare(1, 0, 40);
+  for (const size_t page : {0, 1, 2}) {
+    std::fill_n(kv.Section(kv.Table(1)[page], 0, 0), shape.PageValues(), uint16_t{1});
+  }
+  CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 3 * shape.PageBytes());
+  kv.Close(1);
+  CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 0u);
 }
 
 TEST(random_sessions_are_what_a_simple_model_says) {

@@ -1,151 +1,29 @@
-// A shard from loading to logits: the same bits however layers, rows, threads and pages are
-// arranged, and a clean refusal of everything that does not fit.
+// A shard's steps: the same bits however layers, rows, threads and pages are arranged, and a clean
+// refusal of everything that does not fit.
 #include "engine/shard.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <numeric>
+#include <cstdint>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "engine/errors.h"
 #include "engine/isa.h"
-#include "engine/types.h"
+#include "tiny_model.h"
 #include "weights.h"
 
-using potluck::Config;
-using potluck::Pool;
 using potluck::RowSpan;
-using potluck::Shard;
-using potluck::ShardPart;
-using potluck::TensorShape;
-using potluck::WeightType;
-
-namespace {
-
-constexpr size_t kLayers = 4;
-constexpr size_t kKvBytes = size_t{4} << 20;
-
-// Small, but odd where models are: grouped heads, a vocabulary that fills no panel, partly rotated
-// heads.
-Config TinyConfig() {
-  Config config;
-  config.dim = 64;
-  config.n_layers = kLayers;
-  config.n_heads = 4;
-  config.n_kv_heads = 2;
-  config.head_dim = 24;
-  config.ffn_dim = 160;
-  config.vocab = 45;
-  config.context_tokens = 1024;
-  config.norm_eps = 1e-5;
-  config.rope_theta = 10000;
-  config.rope_dim = 16;
-  config.rope_interleaved = true;
-  return config;
-}
-
-WeightType TypeOf(const std::string& name) {
-  if (name.find("norm") != std::string::npos) return WeightType::kF32;
-  if (name == "token_embd.weight") return WeightType::kQ8_0;
-  if (name == "output.weight") return WeightType::kQ4_0;
-  if (name.find("attn_v") != std::string::npos) return WeightType::kF16;
-  if (name.find("ffn_down") != std::string::npos) return WeightType::kQ8_0;
-  return WeightType::kQ4_1;
-}
-
-// A tensor's bytes in the file; the same for every shard.
-std::vector<uint8_t> BytesOf(const TensorShape& shape) {
-  if (TypeOf(shape.name) == WeightType::kF32) {
-    std::vector<uint8_t> bytes(shape.cols * 4);
-    for (size_t i = 0; i < shape.cols; ++i) {
-      const float value = 1.0f + 0.01f * static_cast<float>(i % 7);
-      std::memcpy(bytes.data() + 4 * i, &value, 4);
-    }
-    return bytes;
-  }
-  const auto seed = static_cast<uint32_t>(std::hash<std::string>()(shape.name));
-  const WeightType type = TypeOf(shape.name);
-  if (type != WeightType::kF16) return weights::FileBytes(type, shape.rows, shape.cols, seed);
-  std::vector<uint8_t> bytes(shape.rows * shape.cols * 2);
-  const auto values = weights::Activations(shape.rows, shape.cols, seed);
-  for (size_t i = 0; i < values.size(); ++i) weights::PutHalf(&bytes[2 * i], 0.1f * values[i]);
-  return bytes;
-}
-
-void PutAll(Shard& shard) {
-  for (const TensorShape& shape : shard.Matrices()) {
-    const auto bytes = BytesOf(shape);
-    shard.Put(shape.name, potluck::InfoOf(TypeOf(shape.name)).name, shape.rows, shape.cols, 0,
-              bytes.data(), bytes.size());
-  }
-}
-
-struct Made {
-  explicit Made(size_t threads = 1, ShardPart part = {0, kLayers, true, true, kKvBytes, 64},
-                const std::string& isa = "auto")
-      : pool(std::make_unique<Pool>(threads)),
-        shard(std::make_unique<Shard>(*pool, potluck::ChooseTable(isa), TinyConfig(), part)) {
-    PutAll(*shard);
-    shard->Seal();
-  }
-  Shard* operator->() const { return shard.get(); }
-  std::unique_ptr<Pool> pool;
-  std::unique_ptr<Shard> shard;
-};
-
-std::vector<int32_t> TokensOf(size_t n, uint32_t seed = 1) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> tokens(n);
-  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % 45);
-  return tokens;
-}
-
-// Logits of every row.
-std::vector<float> Run(const Made& made, const std::vector<RowSpan>& rows,
-                       const std::vector<int32_t>& tokens) {
-  size_t n_wanted = 0;
-  for (const RowSpan& r : rows) n_wanted += r.want_logits;
-  std::vector<float> logits(n_wanted * TinyConfig().vocab, NAN);
-  made->Forward(tokens.data(), tokens.size(), rows, logits.data(), logits.size());
-  return logits;
-}
-
-// A whole session in chunks, all logits.
-std::vector<float> RunSession(const Made& made, const std::vector<int32_t>& tokens, size_t chunk,
-                              uint64_t session = 1) {
-  made->Open(session, tokens.size());
-  std::vector<float> logits;
-  for (size_t start = 0; start < tokens.size(); start += chunk) {
-    const size_t n = std::min(chunk, tokens.size() - start);
-    const std::vector<int32_t> part(tokens.begin() + static_cast<ptrdiff_t>(start),
-                                    tokens.begin() + static_cast<ptrdiff_t>(start + n));
-    const auto more = Run(made, {{session, start, n, n}}, part);
-    logits.insert(logits.end(), more.begin(), more.end());
-  }
-  return logits;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-std::vector<float> RowsOf(const std::vector<float>& logits, size_t first, size_t n) {
-  const auto vocab = static_cast<ptrdiff_t>(TinyConfig().vocab);
-  const auto start = logits.begin() + static_cast<ptrdiff_t>(first) * vocab;
-  return {start, start + static_cast<ptrdiff_t>(n) * vocab};
-}
-
-}  // namespace
+using tiny::kKvBytes;
+using tiny::kLayers;
+using tiny::Made;
+using tiny::RowsOf;
+using tiny::Run;
+using tiny::RunSession;
+using tiny::SameBits;
+using tiny::TokensOf;
 
 TEST(logits_vary_and_are_finite) {
   const auto logits = RunSession(Made(), TokensOf(40), 40);
@@ -297,130 +175,6 @@ TEST(a_fork_goes_on_as_its_origin_and_parts_without_a_trace) {
   CHECK_THROWS(made->Fork(8, 3, 99), potluck::UnknownSession);
 }
 
-TEST(a_file_in_slabs_and_memory_in_pieces_load_alike) {
-  char path[] = "/tmp/potluck_shard_XXXXXX";
-  const int descriptor = mkstemp(path);
-  CHECK(descriptor >= 0);
-  const auto tokens = TokensOf(30);
-  const auto expected = RunSession(Made(1), tokens, 30);
-  Pool pool(3);
-  const ShardPart part = {0, kLayers, true, true, kKvBytes, 64};
-  auto from_file = std::make_unique<Shard>(pool, potluck::ChooseTable("auto"), TinyConfig(), part);
-  auto in_pieces = std::make_unique<Shard>(pool, potluck::ChooseTable("auto"), TinyConfig(), part);
-  off_t offset = 13;
-  size_t file_bytes = 0;
-  for (const TensorShape& shape : from_file->Matrices()) {
-    const auto bytes = BytesOf(shape);
-    const char* type = potluck::InfoOf(TypeOf(shape.name)).name;
-    CHECK(pwrite(descriptor, bytes.data(), bytes.size(), offset) ==
-          static_cast<ssize_t>(bytes.size()));
-    from_file->PutFile(shape.name, type, shape.rows, shape.cols, path,
-                       static_cast<uint64_t>(offset));
-    offset += static_cast<off_t>(bytes.size());
-    file_bytes += bytes.size();
-    const size_t row_bytes = bytes.size() / shape.rows;
-    for (size_t row = 0; row < shape.rows; row += 16) {
-      const size_t n = std::min<size_t>(16, shape.rows - row);
-      in_pieces->Put(shape.name, type, shape.rows, shape.cols, row, &bytes[row * row_bytes],
-                     n * row_bytes);
-    }
-  }
-  CHECK_THROWS(from_file->PutFile("output.weight", "q4_0", 45, 64, path, 13), potluck::ModelError);
-  unlink(path);
-  close(descriptor);
-  CHECK(from_file->shard_bytes() < file_bytes + file_bytes / 20);  // the last panels are padded
-  for (auto* shard : {&from_file, &in_pieces}) {
-    Made made(1);
-    made.shard = std::move(*shard);
-    made.shard->Seal();
-    CHECK(SameBits(RunSession(made, tokens, 30), expected));
-    made.shard.reset();
-  }
-}
-
-TEST(tied_embeddings_serve_both_ends_and_are_held_once) {
-  const auto put = [](Shard& shard) {
-    for (TensorShape shape : shard.Matrices()) {
-      if (shape.name == "output.weight") {
-        if (shard.embeds()) continue;
-        shape.name = "token_embd.weight";
-      }
-      const auto bytes = BytesOf(shape);
-      shard.Put(shape.name, potluck::InfoOf(TypeOf(shape.name)).name, shape.rows, shape.cols, 0,
-                bytes.data(), bytes.size());
-    }
-    shard.Seal();
-  };
-  Pool pool(2);
-  const auto& kernels = potluck::ChooseTable("auto");
-  Shard whole(pool, kernels, TinyConfig(), {0, kLayers, true, true, kKvBytes, 64});
-  Shard last(pool, kernels, TinyConfig(), {2, kLayers, false, true, kKvBytes, 64});
-  Shard first(pool, kernels, TinyConfig(), {0, 2, true, false, kKvBytes, 64});
-  put(whole);
-  put(last);
-  put(first);
-  CHECK(whole.shard_bytes() < Made()->shard_bytes());
-  const auto tokens = TokensOf(9);
-  for (Shard* shard : {&whole, &first, &last}) shard->Open(1, 9);
-  const std::vector<RowSpan> rows = {{1, 0, 9, 9}};
-  std::vector<float> expected(9 * 45), x(9 * 64), logits(9 * 45);
-  whole.Forward(tokens.data(), 9, rows, expected.data(), expected.size());
-  first.Forward(tokens.data(), 9, rows, x.data(), x.size());
-  last.Forward(x.data(), x.size(), rows, logits.data(), logits.size());
-  CHECK(SameBits(logits, expected));
-}
-
-TEST(wrong_tensors_are_refused_by_name) {
-  Pool pool(1);
-  Shard shard(pool, potluck::ChooseTable("auto"), TinyConfig(), {1, 2, false, false, kKvBytes, 4});
-  const TensorShape up = {"blk.1.ffn_up.weight", 160, 64};
-  const auto bytes = BytesOf(up);
-  const auto put = [&](const char* name, const char* type, size_t rows, size_t first, size_t n) {
-    shard.Put(name, type, rows, 64, first, bytes.data(), n);
-  };
-  CHECK_THROWS(put("blk.2.ffn_up.weight", "q4_1", 160, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(put("token_embd.weight", "q4_1", 45, 0, 45 * 40), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 161, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "iq9_z", 160, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q6_k", 160, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 160, 0, bytes.size() - 1), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 160, 4, 8 * 40), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 160, 8, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(shard.PutFile("blk.1.ffn_up.weight", "q4_1", 160, 64, "/nonexistent", 0),
-               potluck::ModelError);
-  CHECK_THROWS(shard.PutFile("blk.1.ffn_up.weight", "q4_1", 160, 64, "/dev/null", 0),
-               potluck::ModelError);
-  put("blk.1.ffn_up.weight", "q4_1", 160, 8, 8 * 40);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 160, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(put("blk.1.ffn_up.weight", "q8_0", 160, 0, bytes.size()), potluck::ModelError);
-  CHECK_THROWS(shard.Seal(), potluck::ModelError);
-  std::vector<uint8_t> damaged = bytes;
-  weights::PutHalf(&damaged[40 * 20 + 20], INFINITY);
-  CHECK_THROWS(shard.Put("blk.1.ffn_gate.weight", "q4_1", 160, 64, 0, damaged.data(), 160 * 40),
-               potluck::ModelError);
-}
-
-TEST(a_missing_tensor_is_named) {
-  Pool pool(1);
-  Shard shard(pool, potluck::ChooseTable("auto"), TinyConfig(), {0, 1, true, true, kKvBytes, 4});
-  for (const TensorShape& shape : shard.Matrices()) {
-    if (shape.name == "blk.0.attn_v.weight") continue;
-    const auto bytes = BytesOf(shape);
-    shard.Put(shape.name, potluck::InfoOf(TypeOf(shape.name)).name, shape.rows, shape.cols, 0,
-              bytes.data(), bytes.size());
-  }
-  std::string message;
-  try {
-    shard.Seal();
-  } catch (const potluck::ModelError& error) {
-    message = error.what();
-  }
-  CHECK_EQ(message, "blk.0.attn_v.weight is missing");
-  std::vector<float> none;
-  CHECK_THROWS(shard.Forward(static_cast<const int32_t*>(nullptr), 0, {}, none.data(), 0),
-               potluck::UsageError);
-}
-
 TEST(steps_that_do_not_fit_are_refused_and_change_nothing) {
   const Made made(2);
   made->Open(1, 20);
@@ -466,6 +220,32 @@ TEST(values_that_are_not_finite_are_refused_with_layer_and_session) {
       CHECK_EQ(made->Length(8), 0u);
     }
   }
+}
+
+TEST(cancel_stops_a_step_between_layers_and_nothing_has_changed) {
+  const Made made(2);
+  made->Open(1, 400);
+  const auto tokens = TokensOf(400);
+  const auto expected = RunSession(Made(1), tokens, 400);
+  size_t n_cancelled = 0;
+  for (size_t turn = 0; turn < 1000 && n_cancelled < 3; ++turn) {
+    made->Truncate(1, 0);
+    const uint64_t before = made->progress();
+    std::thread other([&] {
+      while (made->progress() == before) std::this_thread::yield();
+      made->Cancel();
+    });
+    try {
+      Run(made, {{1, 0, 400, 1}}, tokens);
+    } catch (const potluck::Cancelled&) {
+      ++n_cancelled;
+      CHECK_EQ(made->Length(1), 0u);
+    }
+    other.join();
+  }
+  CHECK(n_cancelled > 0);
+  made->Truncate(1, 0);
+  CHECK(SameBits(Run(made, {{1, 0, 400, 400}}, tokens), expected));
 }
 
 TEST(cancel_without_a_step_does_nothing_and_progress_rises) {

@@ -1,0 +1,62 @@
+#include "engine/weight_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "engine/errors.h"
+
+namespace potluck {
+namespace {
+
+std::string Reason(int error) { return std::generic_category().message(error); }
+
+}  // namespace
+
+WeightFile::WeightFile(std::string path)
+    : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (descriptor_ < 0) throw ModelError(path_ + ": " + Reason(errno));
+}
+
+WeightFile::~WeightFile() { close(descriptor_); }
+
+void WeightFile::CheckHolds(const std::string& tensor, uint64_t offset_bytes,
+                            uint64_t n_bytes) const {
+  struct stat status = {};
+  const bool is_file = fstat(descriptor_, &status) == 0 && S_ISREG(status.st_mode);
+  const uint64_t size_bytes = is_file ? static_cast<uint64_t>(status.st_size) : 0;
+  if (offset_bytes <= size_bytes && n_bytes <= size_bytes - offset_bytes) return;
+  throw ModelError(path_ + ": " + std::to_string(size_bytes) + " bytes, but " + tensor + " takes " +
+                   std::to_string(n_bytes) + " at byte " + std::to_string(offset_bytes) +
+                   "; is the file cut short?");
+}
+
+void WeightFile::Read(uint64_t offset_bytes, size_t n_bytes, uint8_t* out) const {
+  while (n_bytes > 0) {
+    const ssize_t got = pread(descriptor_, out, n_bytes, static_cast<off_t>(offset_bytes));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      throw ModelError(path_ + ": can't read at byte " + std::to_string(offset_bytes) + ": " +
+                       (got < 0 ? Reason(errno) : "the file ends"));
+    }
+    out += got;
+    offset_bytes += static_cast<uint64_t>(got);
+    n_bytes -= static_cast<size_t>(got);
+  }
+}
+
+void WeightFile::Drop(uint64_t offset_bytes, uint64_t n_bytes) const {
+#if defined(POSIX_FADV_DONTNEED)
+  posix_fadvise(descriptor_, static_cast<off_t>(offset_bytes), static_cast<off_t>(n_bytes),
+                POSIX_FADV_DONTNEED);
+#else
+  static_cast<void>(offset_bytes);
+  static_cast<void>(n_bytes);
+#endif
+}
+
+}  // namespace potluck
