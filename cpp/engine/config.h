@@ -29,7 +29,6 @@ struct Config {
 
   size_t QueryDim() const { return n_heads * head_dim; }
   size_t KvDim() const { return n_kv_heads * head_dim; }
-  size_t HeadsPerKvHead() const { return n_heads / n_kv_heads; }
 };
 
 // Which part of a model a shard is.
