@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,8 @@ def test_nothing_names_a_path_of_the_machine_it_was_written_on() -> None:
         if word in path.read_text(encoding="utf-8", errors="ignore") and path != Path(__file__)
     ]
     assert guilty == []
+
+
+def test_the_measured_table_is_what_the_results_say() -> None:
+    done = subprocess.run([sys.executable, "bench/table.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run python bench/table.py"
