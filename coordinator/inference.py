@@ -13,7 +13,15 @@ from typing import Protocol
 
 from coordinator import report
 from coordinator.engine import Engine
-from coordinator.request import DEFAULT_TEMPERATURE, Request, check_model, checked
+from coordinator.request import (
+    DEFAULT_MIN_P,
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_K,
+    DEFAULT_TOP_P,
+    Request,
+    check_model,
+    checked,
+)
 from coordinator.session import Ending
 from coordinator.stream import AnswerStream, Update
 from potluck.errors import UsageError
@@ -124,7 +132,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         return checked(
             prompt,
             asked.max_tokens,
-            sampling_of(asked),
+            sampling_of(asked, self._engine.model.config.vocab),
             asked.stop,
             ends_at=frozenset() if asked.ignore_end else self._tokenizer.end_ids,
             continues=continues,
@@ -155,13 +163,13 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         return reply
 
 
-def sampling_of(asked: inference_pb2.Options) -> Sampling:
+def sampling_of(asked: inference_pb2.Options, vocab: int) -> Sampling:
     """The asked-for settings with the service's defaults. Raises UsageError."""
     return Sampling(
         temperature=asked.temperature if asked.HasField("temperature") else DEFAULT_TEMPERATURE,
-        top_k=asked.top_k,
-        top_p=asked.top_p or 1.0,
-        min_p=asked.min_p,
+        top_k=asked.top_k if asked.HasField("top_k") else min(DEFAULT_TOP_K, vocab),
+        top_p=(asked.top_p or 1.0) if asked.HasField("top_p") else DEFAULT_TOP_P,
+        min_p=asked.min_p if asked.HasField("min_p") else DEFAULT_MIN_P,
         repetition_penalty=asked.repetition_penalty or 1.0,
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,

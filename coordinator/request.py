@@ -13,7 +13,12 @@ from coordinator.answer import check_stops
 from potluck.errors import ContextExceeded, UnknownModel, UsageError
 from potluck.sampling import Sampling
 
+# What most programs of this kind do when nothing is asked for; without filters a small model at 0.8
+# soon draws from its long tail.
 DEFAULT_TEMPERATURE = 0.8
+DEFAULT_TOP_K = 40
+DEFAULT_TOP_P = 0.95
+DEFAULT_MIN_P = 0.05
 
 
 @dataclass(frozen=True, slots=True)

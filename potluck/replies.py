@@ -19,9 +19,9 @@ class AnswerOptions:
     model: str = ""  # empty: the one that is served
     max_tokens: int = 0  # 0: as many as the context has room for
     temperature: float | None = None  # None: the service's default; 0: greedy
-    top_k: int = 0
-    top_p: float = 0.0
-    min_p: float = 0.0
+    top_k: int | None = None  # None: the service's default; 0: all tokens
+    top_p: float | None = None  # None: the service's default; 1: all tokens
+    min_p: float | None = None  # None: the service's default; 0: all tokens
     repetition_penalty: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

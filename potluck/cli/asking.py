@@ -16,11 +16,14 @@ NUMBERS: dict[str, tuple[Callable[[str], float], str]] = {
     "max_tokens": (values.whole(0, 2**31 - 1), "end after N tokens; 0: at the end of the context"),
     "temperature": (
         values.number(0, 2),
-        "0: always the most likely token (the service's default: 0.8)",
+        "0: always the most likely token (default: 0.8)",
     ),
-    "top_k": (values.whole(0, 2**31 - 1), "only the K most likely tokens; 0: all"),
-    "top_p": (values.number(0, 1, above=True), "only the most likely tokens that sum to P"),
-    "min_p": (values.number(0, 1), "only tokens at least P times as likely as the best"),
+    "top_k": (values.whole(0, 2**31 - 1), "only the K most likely tokens; 0: all (default: 40)"),
+    "top_p": (
+        values.number(0, 1, above=True),
+        "only the most likely that sum to P; 1: all (default: 0.95)",
+    ),
+    "min_p": (values.number(0, 1), "only those P times as likely as the best (default: 0.05)"),
     "repetition_penalty": (
         values.number(0.1, 10),
         "above 1: less of what was in prompt and answer",
