@@ -67,6 +67,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     next_token: NextToken = letters
     refuse: tuple[grpc.StatusCode, str] | None = None  # what Load answers
     fail_session: int = 0  # whose rows fail here
+    full_for: int = 0  # the session that finds no room here
+    may_load: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: loads wait here
     may_pass: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: steps wait here
     loads: list[worker_pb2.LoadRequest] = field(default_factory=list)
     steps: list[worker_pb2.Step] = field(default_factory=list)
@@ -84,6 +86,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def start(self, port: int = 0) -> None:
         self.may_pass.set()
+        self.may_load.set()
         self.instance = id(self) % 2**32
         self.server = grpc.aio.server(options=options.server_options())
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
@@ -146,6 +149,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._sent.clear()
         self._next = None
         yield worker_pb2.LoadProgress(done_bytes=50, total_bytes=100)
+        await self.may_load.wait()
         ready = worker_pb2.LoadedShard(epoch=request.epoch, span=request.span, shard_bytes=1234)
         yield worker_pb2.LoadProgress(done_bytes=100, total_bytes=100, ready=ready)
 
@@ -183,17 +187,17 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _pass_on(self, step: worker_pb2.Step) -> None:
         load = self.loads[-1]
-        self._command(step)
-        failures = [*step.failures]
+        failures = [*step.failures, *self._command(step)]
         rows = []
         for entry in step.rows:
+            failure = types_pb2.Failure(worker=self.name, session=entry.session)
             if entry.session == self.fail_session:
-                code = types_pb2.FAILURE_CODE_NOT_FINITE
-                failures.append(
-                    types_pb2.Failure(
-                        code=code, worker=self.name, session=entry.session, message="NaN in layer 1"
-                    )
-                )
+                failure.code = types_pb2.FAILURE_CODE_NOT_FINITE
+                failure.message = "NaN in layer 1"
+            elif entry.session not in self.kv:
+                failure.code = types_pb2.FAILURE_CODE_UNKNOWN_SESSION
+            if failure.code:
+                failures.append(failure)
                 continue
             known = self.kv[entry.session]
             assert entry.start_position <= len(known), "a gap"
@@ -225,13 +229,20 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._sent[step.step] = message
         await self._send(message)
 
-    def _command(self, step: worker_pb2.Step) -> None:
+    def _command(self, step: worker_pb2.Step) -> list[types_pb2.Failure]:
+        failures = []
         for command in step.commands:
-            if command.HasField("open"):
+            if command.HasField("open") and command.open.session == self.full_for:
+                failure = types_pb2.Failure(worker=self.name, session=self.full_for)
+                failure.code = types_pb2.FAILURE_CODE_FULL
+                failure.message = "no pages are left"
+                failures.append(failure)
+            elif command.HasField("open"):
                 assert command.open.session not in self.kv
                 self.kv[command.open.session] = {}
             elif command.HasField("close"):
                 self.kv.pop(command.close.session, None)
+        return failures
 
     def _picks(self, entry: types_pb2.Rows) -> cluster_pb2.RowsResult:
         result = cluster_pb2.RowsResult(session=entry.session)

@@ -186,3 +186,26 @@ def test_two_heartbeats_at_the_same_moment_make_no_rate() -> None:
         link = LinkFigures("b", 0.001, sent_bytes=sent, activation_bytes=0)
         fleet.hear(A, 1, Heartbeat(WorkerState.READY, link=link), 1.0)
     assert fleet.workers()[0].link_bytes_per_second == 0.0
+
+
+def test_a_port_has_one_owner_so_a_newcomer_without_a_wish_takes_its_place() -> None:
+    fleet = fleet_of("a", "b")
+    assert fleet.register("", info("127.0.0.1:2"), 99, 1.0) == (B, True)
+    assert [worker.id for worker in fleet.usable()] == ["a", "b"]
+
+
+def test_a_newcomer_with_another_name_displaces_who_had_its_address() -> None:
+    fleet = fleet_of("a", "b")
+    c, _ = fleet.register("c", info("127.0.0.1:2"), 99, 1.0)
+    assert fleet.displaced(c) == ["b"]
+    fleet.lose(B, "displaced")
+    assert fleet.displaced(c) == []
+
+
+def test_who_was_lost_leaves_its_place_to_a_spare_and_others_keep_theirs() -> None:
+    fleet = fleet_of("a", "b", "spare")
+    assert [worker.id for worker in fleet.steadiest(2)] == ["a", "b"]
+    fleet.lose(A, "silent")
+    fleet.register("a", info("127.0.0.1:1"), instance=1, now=1.0)
+    assert [worker.id for worker in fleet.steadiest(2)] == ["b", "spare"]
+    assert [worker.id for worker in fleet.steadiest(3)] == ["a", "b", "spare"]

@@ -170,6 +170,35 @@ async def test_a_loss_while_loading_is_told_and_tried_again(start_service: Any, 
     await service.serving()
 
 
+async def test_a_worker_that_falls_silent_while_it_loads_is_no_stage(
+    start_service: Any, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potluck.rpc.options.LOST_SECONDS", 0.6)
+    service = await start_service(workers=1, wait=False)
+    worker = await service.add("w1")
+    worker.may_load.clear()
+    await fake.until(lambda: worker.loads != [], "it loads")
+    worker.heart.cancel()
+    await fake.until(lambda: not service.engine.membership.fleet.usable(), "it is lost")
+    worker.may_load.set()
+    await fake.until(lambda: service.engine.epoch == 2, "the plan is given up")
+    worker.heart = asyncio.create_task(worker._beat())
+    await service.serving()
+
+
+async def test_people_are_told_that_workers_are_loading(start_service: Any, fake: Any) -> None:
+    service = await start_service(workers=1)
+    worker = service.workers[0]
+    worker.may_load.clear()
+    service.engine.membership.lose(worker.name, "for the test")
+    await fake.until(lambda: len(worker.loads) == 2, "it loads again")
+    report = await service.client.status()
+    assert (report.state, report.detail) == ("loading", "the workers are loading their layers")
+    assert report.workers[0].load_done_bytes in (50, 100)
+    worker.may_load.set()
+    await service.serving()
+
+
 async def test_a_first_plan_that_a_worker_refuses_ends_the_program_with_its_words(
     start_service: Any,
 ) -> None:

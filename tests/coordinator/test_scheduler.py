@@ -9,12 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.scheduler import Batch, Limits, Scheduler, pages_of, rows_that_fit
+from coordinator.scheduler import (
+    Batch,
+    Limits,
+    Scheduler,
+    pages_of,
+    picks_that_fit,
+    rows_that_fit,
+)
 from coordinator.session import Session, SessionId
 from potluck.errors import Full, PlanError
+from potluck.rpc import options
 from potluck.sampling import Sampling
 
-LIMITS = Limits(n_stages=2, max_sessions=4, queue=2, chunk_tokens=8, step_tokens=16, kv_tokens=1024)
+LIMITS = Limits(
+    n_stages=2,
+    max_sessions=4,
+    queue=2,
+    chunk_tokens=8,
+    step_tokens=16,
+    step_picks=16,
+    kv_tokens=1024,
+)
 
 
 def session(id: int, prompt: int = 5, max_tokens: int = 4) -> Session:
@@ -54,6 +70,25 @@ def test_a_session_opens_with_its_room_and_its_first_rows() -> None:
     assert batch is not None
     assert [(room.session, room.max_tokens) for room in batch.opens] == [(1, 9)]
     assert rows_of(batch) == [(1, 0, 5, 1)]
+
+
+def test_a_step_wants_no_more_picks_than_the_last_stage_has_room_for() -> None:
+    s = scheduler(*(session(i, prompt=2) for i in range(1, 5)), n_stages=1, step_picks=3)
+    wanted = []
+    for _ in range(12):
+        batch = s.next_batch()
+        if batch is None:
+            break
+        wanted.append(sum(rows.want_logits for rows in batch.rows))
+        commit(s)
+    assert max(wanted) == 3
+    assert sum(wanted) == 4 * 4
+    assert s.n_sessions == 0
+
+
+def test_logits_of_the_largest_service_fit_the_last_stage() -> None:
+    assert picks_that_fit(128_256, options.LOGITS_BYTES) == 130
+    assert picks_that_fit(2**30, options.LOGITS_BYTES) == 1
 
 
 def test_only_the_last_row_of_a_prompt_wants_a_pick() -> None:
@@ -278,6 +313,7 @@ limits = st.builds(
     queue=st.integers(0, 6),
     chunk_tokens=st.integers(1, 9),
     step_tokens=st.integers(1, 9),
+    step_picks=st.integers(1, 9),
     kv_tokens=st.integers(4, 12).map(lambda pages: pages * 16),
 )
 

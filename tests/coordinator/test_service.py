@@ -183,6 +183,21 @@ async def test_one_sessions_failure_harms_no_other(start_service: Any, fake: Any
     await fake.until(lambda: service.open_sessions == 0, "both are freed")
 
 
+async def test_a_session_that_finds_no_room_on_a_worker_ends_alone(
+    start_service: Any, fake: Any
+) -> None:
+    service = await start_service(workers=1, full_for=2, settings={"prefill_chunk": 4})
+    service.workers[0].may_pass.clear()
+    first = asyncio.create_task(service.ask([5] * 40, GREEDY))
+    await fake.until(lambda: service.engine.load_counts() == (1, 0), "the first is there")
+    second = asyncio.create_task(service.ask([6], GREEDY))
+    await fake.until(lambda: service.engine.load_counts() == (2, 0), "so is the second")
+    service.workers[0].may_pass.set()
+    with pytest.raises(errors.Full, match="w1: no pages are left"):
+        await second
+    assert (await first).ids == fake.answer_to([5] * 40, 8)
+
+
 async def test_a_worker_that_invents_a_token_ends_the_session_only(
     start_service: Any, fake: Any
 ) -> None:
@@ -306,7 +321,10 @@ async def test_a_stopping_coordinator_lets_short_answers_finish(
     start_service: Any, fake: Any
 ) -> None:
     service = await start_service()
+    service.workers[0].may_pass.clear()
     running = asyncio.create_task(service.ask([5], GREEDY))
     await fake.until(lambda: service.engine.load_counts() == (1, 0), "one runs")
-    await service.engine.stop()
+    stopping = asyncio.create_task(service.engine.stop())
+    service.workers[0].may_pass.set()
+    await stopping
     assert (await running).done.answer_tokens == 8
