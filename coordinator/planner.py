@@ -21,7 +21,7 @@ from potluck.model import KV_PAGE_TOKENS, ModelConfig
 from potluck.plan import Plan, Span, Stage, WorkerInfo
 
 # Ends are tried among so many workers that have most memory or bandwidth: 132 orders of 80 layers
-# plan in 20 to 50 ms (24 workers, Zen 3), and a machine that is neither large nor fast makes no end.
+# plan in 20 to 50 ms (Zen 3), and a machine that is neither large nor fast makes no good end.
 _ENDS_TRIED = 12
 
 # Another order than that of registration must gain 3 %: two probes of one machine differ by 2.
