@@ -71,6 +71,8 @@ class Fleet(cluster_pb2_grpc.FleetServicer):
     ) -> AsyncIterator[cluster_pb2.ResultAck]:
         """The last stage's link. Results of an epoch that is over are acknowledged and dropped."""
         link: Pipeline | None = None
+        if (pipeline := self._engine.pipeline) is not None:
+            pipeline.results_dialled()
         try:
             async for result in request_iterator:
                 received_at = self._engine.clock()

@@ -24,7 +24,7 @@ from coordinator.membership import Membership
 from coordinator.messages import Outcome, Picked
 from coordinator.pipeline import Pipeline
 from coordinator.request import Request
-from coordinator.scheduler import Batch, BatchRows, Limits, Scheduler
+from coordinator.scheduler import Batch, BatchRows, Limits, Scheduler, picks_that_fit
 from coordinator.served import ServedModel
 from coordinator.session import Session, SessionId
 from coordinator.stream import AnswerStream
@@ -290,6 +290,7 @@ class Engine:
             queue=self.settings.queue,
             chunk_tokens=min(self.settings.prefill_chunk, self.model.step_tokens),
             step_tokens=self.model.step_tokens,
+            step_picks=picks_that_fit(self.model.config.vocab, options.LOGITS_BYTES),
             kv_tokens=planner.kv_tokens(plan, self.model.sizes),
         )
 

@@ -83,6 +83,7 @@ class WorkerRecord:
     load_done_bytes: int = 0
     load_total_bytes: int = 0
     lost_why: str = ""
+    n_lost: int = 0  # how often a worker of this id was lost
     _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_SAMPLES))
 
     @property
@@ -120,9 +121,9 @@ class Fleet:
         The second is False only for a repeated call of a process that is here under the same
         address. Raises UsageError for an id that is not [a-z0-9-]{1,32}, WorkerExists if another
         living process has it. A process at the address of an older one has replaced it: a port has
-        one owner.
+        one owner. Without a wish it gets that one's id, with another wish see `displaced`.
         """
-        id = self._id_for(wished, instance)
+        id = self._id_for(wished, instance, info.address)
         old = self._workers.get(id)
         if old is not None and old.instance != instance and old.is_usable:
             if old.info.address != info.address:
@@ -137,8 +138,19 @@ class Fleet:
             if old.is_usable and old.info.address == info.address:
                 old.last_heard = now
                 return id, False
-        self._workers[id] = WorkerRecord(replace(info, id=id), instance, now, progress_at=now)
+        n_lost = old.n_lost if old is not None else 0
+        info = replace(info, id=id)
+        self._workers[id] = WorkerRecord(info, instance, now, progress_at=now, n_lost=n_lost)
         return id, True
+
+    def displaced(self, id: WorkerId) -> list[WorkerId]:
+        """Usable workers at the address of `id`: it has taken their port, so they are gone."""
+        address = self._workers[id].info.address
+        return [
+            other
+            for other, worker in self._workers.items()
+            if other != id and worker.is_usable and worker.info.address == address
+        ]
 
     def hear(self, id: WorkerId, instance: int, heartbeat: Heartbeat, now: float) -> None:
         """Notes a heartbeat. Raises UnknownWorker if the process has to register (again)."""
@@ -164,6 +176,7 @@ class Fleet:
         """Declares a worker lost; an unknown one is no error."""
         worker = self._workers.get(id)
         if worker is not None:
+            worker.n_lost += worker.state is not WorkerState.LOST
             worker.state = WorkerState.LOST
             worker.lost_why = why
 
@@ -196,17 +209,28 @@ class Fleet:
         """What a plan may use, in order of registration."""
         return [worker.info for worker in self._workers.values() if worker.is_usable]
 
+    def steadiest(self, n_workers: int) -> list[WorkerInfo]:
+        """So many of the usable, or all; who was lost more often only if nobody else is there.
+
+        Else a machine that is lost at every load would keep a spare out of the plan for ever. In
+        order of registration, so that who stays keeps its layers.
+        """
+        records = [worker for worker in self._workers.values() if worker.is_usable]
+        chosen = sorted(records, key=lambda worker: worker.n_lost)[:n_workers]
+        ids = {worker.info.id for worker in chosen}
+        return [worker.info for worker in records if worker.info.id in ids]
+
     def workers(self) -> list[WorkerRecord]:
         """All that are known, lost ones too. To be read only."""
         return list(self._workers.values())
 
-    def _id_for(self, wished: str, instance: int) -> WorkerId:
+    def _id_for(self, wished: str, instance: int, address: str) -> WorkerId:
         if wished:
             if not _ID.fullmatch(wished):
                 raise UsageError(f"worker id {wished!r}: 1 to 32 of a-z, 0-9 and -")
             return WorkerId(wished)
         for id, worker in self._workers.items():
-            if worker.instance == instance:
+            if worker.instance == instance or worker.info.address == address:
                 return id
         number = 1
         while f"w{number}" in self._workers:

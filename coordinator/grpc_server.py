@@ -14,7 +14,7 @@ import inspect
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -103,7 +103,7 @@ async def open_doors(
         grpc.aio.server(
             interceptors=[Gate(door)],
             options=options.server_options(),
-            maximum_concurrent_rpcs=options.PUBLIC_RPCS,
+            maximum_concurrent_rpcs=options.PUBLIC_RPCS + settings.max_sessions + settings.queue,
         )
         for door in Door
     )
@@ -175,6 +175,27 @@ def _refusal(method: str, *, is_known: bool) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
+async def _relay(result: AsyncGenerator[Any, Any], context: Any) -> None:
+    """Writes what a handler yields. It is closed when its caller is gone, or does not read."""
+    is_read = True
+    async with aclosing(result) as replies:
+        async for reply in replies:
+            if not (is_read := await _written(context, reply)):
+                break
+    if not is_read:  # what it did take comes first, then this, should it ever read on
+        words = f"the answer was not read for {options.WRITE_SECONDS:g} s"
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, words)
+
+
+async def _written(context: Any, reply: Any) -> bool:
+    try:
+        async with asyncio.timeout(options.WRITE_SECONDS):
+            await context.write(reply)
+    except TimeoutError:
+        return False
+    return True
+
+
 class _Malformed:
     """Stands for a request that could not be read."""
 
@@ -195,9 +216,7 @@ def _guarded(method: str, handler: Any) -> Any:
             result = behavior(request, context)
             if not inspect.isasyncgen(result):
                 return await result
-            async with aclosing(result) as replies:
-                async for reply in replies:
-                    await context.write(reply)
+            await _relay(result, context)
         except grpc.aio.AbortError:
             raise
         except PotluckError as error:

@@ -16,9 +16,10 @@ import grpc.aio
 
 from coordinator import messages
 from coordinator.pipeline import Pipeline, connected, dial
-from potluck.errors import PlanError, PotluckError, StageLost
+from potluck.errors import PlanError, PotluckError, StageLost, Unreachable
 from potluck.plan import Plan, Stage, WorkerId
 from potluck.rpc import options
+from potluck.rpc.calls import finished
 from potluck.rpc.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 # What a worker answers when it is there and refuses; anything else means that it is gone.
@@ -98,7 +99,7 @@ async def _load(
             call = worker_pb2_grpc.WorkerStub(channel).Load(request)
             while True:
                 async with asyncio.timeout(options.LOAD_STALL_SECONDS):
-                    message = await call.read()
+                    message = await finished(call.read())
                 if not isinstance(message, worker_pb2.LoadProgress):  # grpc.aio.EOF
                     break
                 on_progress(stage.worker, message.done_bytes, message.total_bytes)
@@ -106,6 +107,10 @@ async def _load(
                     ready = message.ready
     except grpc.aio.AioRpcError as error:
         raise _failure(stage.worker, error) from error
+    except Unreachable as error:
+        raise StageLost(
+            f"worker {stage.worker} was lost while it loaded: {error.message}", worker=stage.worker
+        ) from error
     except TimeoutError as error:
         raise StageLost(
             f"worker {stage.worker} at {address} does not answer", worker=stage.worker

@@ -31,12 +31,15 @@ class Membership:
         self._on_break = on_break
         self._changed = asyncio.Event()
         self._swept_at = clock()
+        self._awake_since = self._swept_at
 
     def register(self, wished: str, info: WorkerInfo, instance: int) -> WorkerId:
         """A worker is here (again). Raises UsageError, WorkerExists."""
         worker, is_new = self.fleet.register(wished, info, instance, self._clock())
         if is_new:
             log.info("worker %s joined at %s", worker, info.address)
+            for gone in self.fleet.displaced(worker):
+                self.lose(gone, f"worker {worker} has its address now, {info.address}")
             self._on_break(worker, "it started again")
             self._changed.set()
         return worker
@@ -62,18 +65,19 @@ class Membership:
     def sweep(self) -> None:
         """Declares those lost whose heartbeats stopped. Call it once a heartbeat's interval."""
         now = self._clock()
-        was_asleep = now - self._swept_at > 4 * options.HEARTBEAT_SECONDS
+        if now - self._swept_at > 4 * options.HEARTBEAT_SECONDS:
+            self._awake_since = now
         self._swept_at = now
-        if was_asleep:
-            return  # we were stopped or suspended: heartbeats wait unread, nobody is late
+        if now - self._awake_since < options.LOST_SECONDS:
+            return  # we were stopped or suspended: workers have to dial again before they are late
         for worker in self.fleet.overdue(now, options.LOST_SECONDS):
             self.lose(worker, f"no heartbeat for {options.LOST_SECONDS:g} s")
 
     async def enough(self, n_workers: int) -> list[WorkerInfo]:
-        """So many usable workers, the longest registered first, as soon as they are here."""
-        while len(usable := self.fleet.usable()) < n_workers:
+        """So many usable workers, in order of registration, as soon as they are here."""
+        while len(chosen := self.fleet.steadiest(n_workers)) < n_workers:
             await self.change()
-        return usable[:n_workers]
+        return chosen
 
     async def change(self) -> None:
         """Returns when a worker has come or gone."""

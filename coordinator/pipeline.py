@@ -23,9 +23,10 @@ from coordinator import messages
 from coordinator.figures import Traffic
 from coordinator.messages import Outcome
 from coordinator.scheduler import Batch
-from potluck.errors import StageLost, StepError
+from potluck.errors import StageLost, StepError, Unreachable
 from potluck.plan import Plan, WorkerId
 from potluck.rpc import options
+from potluck.rpc.calls import finished
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 
 if TYPE_CHECKING:
@@ -109,12 +110,20 @@ class Pipeline:
         self._results.append(outcome)
         self._on_change()
 
-    def results_opened(self) -> None:
-        """The last stage has opened its link to us."""
-        self._results_link += 1
+    def results_dialled(self) -> None:
+        """A link for results is there; whose it is, its first result will say.
+
+        Dialled again, it may have none to bring for as long as nobody asks anything: so the worker
+        is not given up any more. If the link is no good, the worker says so to the stage before it.
+        """
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
+
+    def results_opened(self) -> None:
+        """The last stage sends results over a new link."""
+        self._results_link += 1
+        self.results_dialled()
 
     def results_closed(self) -> None:
         """It broke. The worker may dial again; if it does not, it is lost."""
@@ -148,19 +157,30 @@ class Pipeline:
         first = self.plan.stages[0].worker
         is_second_try = False
         while self._lost is None:
-            acked_before = self._n_acked
+            acked_before, dialled_at = self._n_acked, time.monotonic()
             self._to_write = deque(self._steps)
             try:
                 async with asyncio.TaskGroup() as group:
                     call = self._stub.Run()
                     group.create_task(self._write(call))
                     group.create_task(self._read(call, first))
-            except* (grpc.aio.AioRpcError, StageLost, TimeoutError) as broken:
+            except* (grpc.aio.AioRpcError, StageLost, Unreachable, TimeoutError) as broken:
                 reason = _reason(broken)
                 log.info("the link to worker %s broke: %s", first, reason)
-                if is_second_try and self._n_acked == acked_before:
+                has_worked = (
+                    self._n_acked > acked_before
+                    or time.monotonic() - dialled_at > options.CALL_SECONDS
+                )
+                if is_second_try and not has_worked:
                     self.lose(StageLost(f"worker {first} was lost: {reason}", worker=first))
                 is_second_try = True
+
+    def link_ended(self, link: asyncio.Task[None]) -> None:
+        """Its task is over. After a defect no step would ever go out, and nobody would know."""
+        if not link.cancelled() and (error := link.exception()) is not None:
+            first = self.plan.stages[0].worker
+            log.error("the link to worker %s met a defect", first, exc_info=error)
+            self.lose(StageLost(f"the link to worker {first} met a defect", worker=first))
 
     async def _write(self, call: Run) -> None:
         try:
@@ -173,7 +193,7 @@ class Pipeline:
                     self.traffic.sent_bytes += step.ByteSize()
                     self.traffic.activation_bytes += len(step.activation.values)
                     async with asyncio.timeout(options.ACK_SECONDS):
-                        await call.write(step)
+                        await finished(call.write(step))
                 self._writable.clear()
                 await self._writable.wait()
         except asyncio.InvalidStateError as error:  # the call ended under us; the reader knows why
@@ -183,7 +203,7 @@ class Pipeline:
 
     async def _read(self, call: Run, first: WorkerId) -> None:
         """Acknowledgements. Silence is no fault here: keepalive and the results watch for that."""
-        while isinstance(ack := await call.read(), worker_pb2.StepAck):
+        while isinstance(ack := await finished(call.read()), worker_pb2.StepAck):
             if ack.epoch not in (0, self.epoch):
                 continue  # news of an old epoch
             sent_at = self._sent_at.pop(ack.step, None)
@@ -219,6 +239,7 @@ async def connected(
     async with dial(address) as channel:
         pipeline = Pipeline(plan, epoch, channel, on_change)
         link = asyncio.create_task(pipeline.carry(), name=f"link of epoch {epoch}")
+        link.add_done_callback(pipeline.link_ended)
         try:
             yield pipeline
         finally:
@@ -232,6 +253,6 @@ def _reason(broken: BaseExceptionGroup[Exception]) -> str:
     for error in broken.exceptions:
         if isinstance(error, grpc.aio.AioRpcError):
             return error.details() or error.code().name
-        if isinstance(error, StageLost):
+        if isinstance(error, StageLost | Unreachable):
             return error.message
     return f"it took no step for {options.ACK_SECONDS:g} s"

@@ -33,10 +33,12 @@ class Limits:
     queue: int  # sessions that may wait for a place
     chunk_tokens: int  # prefill rows of one step
     step_tokens: int  # rows of one step: its activation must fit a message
+    step_picks: int  # rows of one step that want a pick: their logits must fit the last stage
     kv_tokens: int  # positions of all sessions together, in whole pages
 
     def __post_init__(self) -> None:
-        if min(self.n_stages, self.max_sessions, self.chunk_tokens, self.step_tokens) < 1:
+        per_step = (self.chunk_tokens, self.step_tokens, self.step_picks)
+        if min(self.n_stages, self.max_sessions, *per_step) < 1:
             raise PlanError(f"limits that let nothing through: {self}")
         if self.kv_tokens < KV_PAGE_TOKENS:
             raise PlanError(f"KV for {self.kv_tokens} positions is less than one page")
@@ -166,7 +168,9 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """The next step's content, or None if nothing is to be done now."""
         rows = [*self._decode_rows()]
-        rows += self._prompt_rows(self.limits.step_tokens - len(rows))
+        rows += self._prompt_rows(
+            self.limits.step_tokens - len(rows), self.limits.step_picks - len(rows)
+        )
         batch = Batch(tuple(self._closes), tuple(self._opens), tuple(rows))
         if not (batch.closes or batch.opens or batch.rows):
             return None
@@ -197,18 +201,21 @@ class Scheduler:
 
     def _decode_rows(self) -> Iterator[BatchRows]:
         share = -(-len(self._places) // self.limits.n_stages)
-        for _ in range(min(share, len(self._ready), self.limits.step_tokens)):
+        most = min(self.limits.step_tokens, self.limits.step_picks)
+        for _ in range(min(share, len(self._ready), most)):
             place = self._places[self._ready.popleft()]
             yield _take(place, 1)
 
-    def _prompt_rows(self, room: int) -> Iterator[BatchRows]:
+    def _prompt_rows(self, room: int, picks: int) -> Iterator[BatchRows]:
+        """At most `room` rows, of which `picks` want a pick: each prompt's last one does."""
         room = min(room, self.limits.chunk_tokens)
         for _ in range(len(self._prompts)):
-            if room == 0:
+            if room == 0 or picks == 0:
                 return
             place = self._places[self._prompts.popleft()]
             rows = _take(place, room)
             room -= len(rows.tokens)
+            picks -= rows.want_logits
             if place.n_sent < place.session.n_prompt:
                 self._prompts.append(place.session.id)
             yield rows
@@ -217,6 +224,11 @@ class Scheduler:
 def pages_of(n_tokens: int) -> int:
     """`n_tokens` rounded up to whole pages, in positions: what a reservation really takes."""
     return -(-n_tokens // KV_PAGE_TOKENS) * KV_PAGE_TOKENS
+
+
+def picks_that_fit(vocab: int, logits_bytes: int) -> int:
+    """Rows of f32 logits that a last stage takes, at least 1. LLaMA 3 (128,256): 130 in 64 MiB."""
+    return max(1, logits_bytes // (4 * vocab))
 
 
 def rows_that_fit(dim: int, message_bytes: int) -> int:

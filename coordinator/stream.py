@@ -16,6 +16,7 @@ from potluck.sampling import Pick
 
 PATIENCE_SECONDS = 5.0  # a person's stream is never silent for longer (DESIGN invariant 7)
 _PREFILL_SECONDS = 0.25  # progress is told at most so often
+_MOST_PICKS = 1024  # of one update: a quarter of a megabyte with 20 log-probabilities each
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ class AnswerStream:
             self._tell(now)
 
     def push(self, position: int, pick: Pick, now: float) -> None:
-        """Commits a picked token to session and text. Raises StepError as Session.push does."""
+        """Commits a picked token to session and text. Raises StepError as Session.push does.
+
+        Each pick brings one part of the text, be it empty; only the end may bring one more.
+        """
         self._first_at = self._first_at if self._first_at is not None else now
         if self.session.push(position, pick.token):
             self._picks.append(pick)
@@ -92,6 +96,10 @@ class AnswerStream:
             return Update()
         if self._error is not None and not self._picks:
             raise self._error
+        if len(self._picks) > _MOST_PICKS:  # who reads slowly gets several: messages are bounded
+            update = Update("".join(self._parts[:_MOST_PICKS]), tuple(self._picks[:_MOST_PICKS]))
+            del self._parts[:_MOST_PICKS], self._picks[:_MOST_PICKS]
+            return update
         if self._error is None:
             self._news.clear()
         update = Update("".join(self._parts), tuple(self._picks), self._ended)

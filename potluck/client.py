@@ -30,6 +30,7 @@ from potluck.errors import PotluckError, Unreachable
 from potluck.rpc import messages
 from potluck.rpc import options as rpc_options
 from potluck.rpc import status as rpc_status
+from potluck.rpc.calls import finished
 from potluck.rpc.v1 import inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Client:
 
     async def _call(self, call: Awaitable[T]) -> T:
         try:
-            return await call
+            return await finished(call)
         except grpc.aio.AioRpcError as error:
             raise _error_of(error, self.address) from error
 
@@ -149,7 +150,7 @@ class Client:
         try:
             while True:
                 async with asyncio.timeout(rpc_options.IDLE_MESSAGE_SECONDS):
-                    message = await call.read()
+                    message = await finished(call.read())
                 if not isinstance(message, inference_pb2.GenerateReply):  # grpc.aio.EOF
                     raise Unreachable(f"{self.address}: the answer ended early")
                 for event in messages.events_of(message):

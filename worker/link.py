@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from potluck.errors import StageLost
+from potluck.errors import StageLost, Unreachable
 from potluck.rpc import options
+from potluck.rpc.calls import finished
 from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 Message = worker_pb2.Step | cluster_pb2.StepResult
 Ack = worker_pb2.StepAck | cluster_pb2.ResultAck
-T = TypeVar("T")
 
 # One message is written while one step's result waits; more would only hide that the next stage
 # is slower, and hold up to 4 MiB each.
@@ -176,12 +176,12 @@ class Link:
             call = self._dial(channel)
             try:
                 async with asyncio.timeout(options.CONNECT_SECONDS):
-                    await _finished(call.wait_for_connection())
+                    await finished(call.wait_for_connection())
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._write(call))
                     group.create_task(self._read(call))
                     group.create_task(self._watch())
-            except* (grpc.aio.AioRpcError, _Broken, TimeoutError) as broken:
+            except* (grpc.aio.AioRpcError, _Broken, Unreachable, TimeoutError) as broken:
                 reason = _reason(broken)
             finally:
                 call.cancel()
@@ -205,13 +205,13 @@ class Link:
             self.sent_bytes += sending.message.ByteSize()
             self.activation_bytes += sending.activation_bytes
             try:
-                await _finished(call.write(sending.message))
+                await finished(call.write(sending.message))
             except asyncio.InvalidStateError as e:  # the call has ended; its status says more
                 raise _Broken(await call.details() or "it closed the stream") from e
 
     async def _read(self, call: Call) -> None:
         while True:
-            ack = await _finished(call.read())
+            ack = await finished(call.read())
             if not isinstance(ack, worker_pb2.StepAck | cluster_pb2.ResultAck):  # grpc.aio.EOF
                 raise _Broken("it closed the stream")
             self._take_ack(ack)
@@ -267,17 +267,6 @@ class _Broken(Exception):
     """The stream can't be used any more."""
 
 
-async def _finished(operation: Awaitable[T]) -> T:
-    """Its result. gRPC reports a call that the other side cancelled as our own cancellation."""
-    try:
-        return await operation
-    except asyncio.CancelledError as e:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise _Broken("it cancelled the stream") from e
-
-
 def _reason(broken: BaseExceptionGroup[Exception]) -> str:
     """One line of why a stream broke."""
     for error in broken.exceptions:
@@ -285,6 +274,6 @@ def _reason(broken: BaseExceptionGroup[Exception]) -> str:
             details = error.details() or error.code().name
             # gRPC's words on this are a paragraph.
             return "nobody answers" if "failed to connect" in details.lower() else details
-        if isinstance(error, _Broken):
+        if isinstance(error, _Broken | Unreachable):
             return str(error)
     return f"no connection within {options.CONNECT_SECONDS:g} s"

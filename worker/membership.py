@@ -20,6 +20,7 @@ import grpc.aio
 from potluck import __version__
 from potluck.errors import Unreachable
 from potluck.rpc import PROTOCOL, options, status
+from potluck.rpc.calls import finished
 from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc, types_pb2
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,15 @@ LEASE_SECONDS = 60.0  # sessions live so long without a coordinator
 NAME_TAKEN_SECONDS = options.LOST_SECONDS + 2.0
 # Heartbeats that fail before the coordinator is asked anew where its fleet port is.
 _MISSES = 3
-_AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+# Not a refusal of this worker: nobody is there, the port is crowded, it stops, it met a defect.
+_AWAY = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+}
 
 
 class Member(Protocol):
@@ -199,17 +208,9 @@ async def _dialled(address: str) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def _answer(call: Any) -> Any:
-    """A call's reply. Raises Unreachable if nobody gives one, AioRpcError for a refusal.
-
-    gRPC reports a call that a stopping server cancelled as our own cancellation.
-    """
+    """A call's reply. Raises Unreachable if nobody gives one, AioRpcError for a refusal."""
     try:
-        return await call
-    except asyncio.CancelledError as e:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Unreachable("the coordinator is stopping") from e
+        return await finished(call)
     except grpc.aio.AioRpcError as e:
         if e.code() not in _AWAY:
             raise

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from potluck.errors import Full, UsageError
+from potluck.rpc.options import LOGITS_BYTES
 from potluck.rpc.v1 import types_pb2, worker_pb2
 from potluck.sampling import Sampling, from_message
 from worker.kv import KvBudget, KvLedger
 
-LOGITS_BYTES_LIMIT = 64 * 2**20  # of one step: 341 rows of a vocabulary of 49,152
 _GREEDY = Sampling()
 
 
@@ -117,7 +117,7 @@ class Sessions:
                 failed.add(failure.session)
                 work.failures.append(failure)
         first_row, n_logits, seen = 0, 0, set[int]()
-        most_logits = max(1, LOGITS_BYTES_LIMIT // (4 * self._limits.vocab))
+        most_logits = max(1, LOGITS_BYTES // (4 * self._limits.vocab))
         for place, rows in enumerate(step.rows):
             session, n_tokens = rows.session, len(rows.token_ids)
             if self.is_stale(session, step.epoch):

@@ -10,6 +10,8 @@ from __future__ import annotations
 MESSAGE_BYTES = 4 * 1024 * 1024
 # What a step needs besides its activation: prefill is cut at MESSAGE_BYTES less this.
 ENVELOPE_BYTES = 64 * 1024
+# Logits of one step, f32: 341 picks from a vocabulary of 49,152, or 130 from LLaMA 3's 128,256.
+LOGITS_BYTES = 64 * 1024 * 1024
 
 CONNECT_SECONDS = 3.0
 REGISTER_SECONDS = 5.0
@@ -23,7 +25,8 @@ DRAIN_SECONDS = 30.0
 ACK_SECONDS = 10.0  # a step that the next stage does not acknowledge
 STEP_FLOOR_SECONDS = 60.0  # a step without result; the predicted time raises it
 IDLE_MESSAGE_SECONDS = 15.0  # without any message of an answer; the coordinator speaks every 5 s
-PUBLIC_RPCS = 256
+WRITE_SECONDS = 30.0  # a message that a person's program does not take
+PUBLIC_RPCS = 256  # calls at a time, besides the answers that run or wait
 WORKER_RPCS = 64
 
 DEFAULT_GRPC_PORT = 7685
@@ -56,9 +59,17 @@ def client_options() -> Options:
 
 
 def server_options() -> Options:
-    """Options of every server: one owner a port, pings every second allowed."""
+    """Options of every server: one owner a port, pings every second allowed.
+
+    Callers are pinged too, slowly: one whose machine fell asleep or lost its cable never hangs up,
+    and its call would stay for ever. Who pings us notices much sooner.
+    """
     return [
         *_BOTH,
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),
