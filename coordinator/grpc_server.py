@@ -217,7 +217,7 @@ def _guarded(method: str, handler: Any) -> Any:
             if not inspect.isasyncgen(result):
                 return await result
             await _relay(result, context)
-        except grpc.aio.AbortError:
+        except grpc.aio.BaseError:  # gRPC's own: the call was aborted, or its server has stopped
             raise
         except PotluckError as error:
             await context.abort(code_of(error), details_of(error))

@@ -150,3 +150,16 @@ def test_every_program_ends_cleanly_on_a_signal(start_cluster: Any, smollm2: Pat
         process.send_signal(signal.SIGINT)
     codes = [process.wait(timeout=20) for process in [*cluster.workers, cluster.coordinator]]
     assert codes == [0, 0, 0]
+    logs = {log.name: log.read_text() for log in cluster.logs.glob("*.log")}
+    assert len(logs) == 3
+    assert [name for name, text in logs.items() if "Traceback" in text or "defect" in text] == []
+
+
+def test_a_coordinator_that_stops_before_its_workers_logs_no_defect(
+    start_cluster: Any, smollm2: Path
+) -> None:
+    cluster = start_cluster(smollm2, workers=2)
+    cluster.answer("Hello", GREEDY)
+    cluster.coordinator.send_signal(signal.SIGTERM)
+    assert cluster.coordinator.wait(timeout=20) == 0
+    assert "Traceback" not in (cluster.logs / "coordinator-0.log").read_text()

@@ -15,7 +15,7 @@ from coordinator.stream import AnswerStream, Update
 from potluck import errors
 from potluck.replies import AnswerOptions
 from potluck.rpc import options
-from potluck.rpc.v1 import inference_pb2, inference_pb2_grpc
+from potluck.rpc.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from potluck.sampling import Pick, Sampling
 
 GREEDY = AnswerOptions(max_tokens=8, temperature=0)
@@ -38,6 +38,7 @@ async def test_a_cancelled_link_is_lost_and_not_dialled_for_ever(
     start_service: Any, fake: Any
 ) -> None:
     service = await start_service(workers=1)
+    await service.ask([5], GREEDY)
     calls: list[Cancelled] = []
 
     def dial() -> Cancelled:
@@ -75,6 +76,7 @@ async def test_a_link_whose_task_meets_a_defect_is_lost_at_once(
     start_service: Any, fake: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = await start_service(workers=1)
+    await service.ask([5], GREEDY)
 
     def dial() -> None:
         raise ValueError("a defect")
@@ -100,6 +102,25 @@ async def test_an_idle_link_may_break_now_and_again(
             await run.abort(grpc.StatusCode.UNAVAILABLE, "the link broke")
         await fake.until(lambda: service.workers[0]._run is not None, "it is dialled again")
     assert service.engine.epoch == 1
+
+
+async def test_an_idle_results_link_may_break_and_have_nothing_to_bring(
+    start_service: Any, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potluck.rpc.options.CONNECT_SECONDS", 0.2)
+    service = await start_service(workers=1)
+    await service.ask([5], GREEDY)
+    pipeline = service.engine.pipeline
+    await fake.until(lambda: not pipeline._steps and service.open_sessions == 0, "it is idle")
+    last = service.workers[0]
+    call, last._next = last._next, None
+    call.cancel()
+    await fake.until(lambda: pipeline._results_link == 0, "it is noticed")
+    again = cluster_pb2_grpc.FleetStub(last._channel).Results()
+    await again.wait_for_connection()
+    await asyncio.sleep(0.5)
+    assert service.engine.epoch == 1
+    again.cancel()
 
 
 async def test_nobody_is_served_for_a_caller_that_does_not_read(
