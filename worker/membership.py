@@ -92,12 +92,14 @@ class Membership:
             group.create_task(self._lease(), name="lease")
             n_tries = 0
             while True:
+                heard_at = self._heard_at
                 try:
                     self._fleet_address = await self._join()
-                    n_tries = 0
                     async with _dialled(self._fleet_address) as channel:
                         await self._stay(cluster_pb2_grpc.FleetStub(channel))
                 except Unreachable as e:
+                    if self._heard_at > heard_at:  # it was there meanwhile
+                        n_tries = 0
                     if n_tries == 0:
                         log.warning("%s; trying until it answers", e.message)
                 await asyncio.sleep(BACK_OFF_SECONDS[min(n_tries, len(BACK_OFF_SECONDS) - 1)])

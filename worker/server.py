@@ -88,6 +88,10 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         except PotluckError as e:
             log.warning("load refused: %s", e.message)
             await context.abort(status.code_of(e), status.details_of(e))
+        except (OSError, MemoryError) as e:  # said by the system, not by the file's contents
+            log.exception("load failed")
+            words = str(e) or type(e).__name__
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the load failed: {words}")
 
     async def Run(  # type: ignore[override]  # writes by itself: failures come unasked
         self, request_iterator: AsyncIterator[worker_pb2.Step], context: Context
@@ -178,9 +182,16 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         return beat
 
     def fence(self, epoch: int) -> None:
-        """The coordinator is at this epoch: rows of older ones are stale."""
-        if self._stage is not None and epoch > self._stage.epoch:
-            self._stage.flush(epoch, ())
+        """The coordinator is at this epoch: of older ones rows are stale and sessions over.
+
+        Freed now and not by the next load: until enough workers are here again, that may be hours.
+        """
+        stage = self._stage
+        if stage is None or epoch <= stage.epoch:
+            return
+        stage.flush(epoch, ())
+        if len(stage.sessions):
+            self._tasks.create_task(stage.free_sessions(), name="free sessions")
 
     async def forget(self, *, epochs: bool) -> None:
         """Frees all sessions, keeps the shard: we are alone, or (`epochs`) the fleet is a new one

@@ -247,3 +247,37 @@ async def test_a_worker_alone_frees_sessions_and_keeps_its_shard(rig: Callable[[
         await r.workers[0].forget(epochs=False)
         loaded = r.workers[0].loaded()
         assert (loaded.sessions, loaded.kv_used_bytes, loaded.epoch) == (0, 0, 1)
+
+
+async def test_sessions_of_an_epoch_that_is_over_are_freed_without_a_new_load(
+    rig: Callable[[int], Any],
+) -> None:
+    async with rig(1) as r:
+        await r.load()
+        await r.run(OPEN, ROWS)
+        (worker,) = r.workers
+        assert worker.loaded().sessions == 1
+        worker.fence(1)  # the epoch that is loaded
+        await asyncio.sleep(0)
+        assert worker.loaded().sessions == 1
+        worker.fence(2)
+        async with asyncio.timeout(10):
+            while worker.loaded().sessions:  # noqa: ASYNC110  no event says so
+                await asyncio.sleep(0.01)
+        assert worker.loaded().kv_used_bytes == 0
+        await r.load()
+        await r.run(OPEN, ROWS)  # the engine has freed it too: its id is free
+
+
+async def test_a_load_that_the_system_fails_says_why(
+    rig: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/models/tiny.gguf")
+
+    async with rig(1) as r:
+        monkeypatch.setattr("worker.server.find", fail)
+        code, words = await refusal(r, 0, r.load_request(0, (0, 4), 1))
+        assert (code, "Permission denied: '/models/tiny.gguf'" in words) == (FAILED, True)
+        monkeypatch.undo()
+        await r.load()

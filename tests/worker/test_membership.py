@@ -126,6 +126,20 @@ async def test_a_refusal_is_final(fleet: Callable[..., Any]) -> None:
             await m.leave()  # nobody to leave
 
 
+@pytest.mark.parametrize("name", ["RESOURCE_EXHAUSTED", "CANCELLED", "UNKNOWN", "INTERNAL"])
+async def test_a_coordinator_that_has_no_time_for_us_is_asked_again(
+    fleet: Callable[..., Any], name: str
+) -> None:
+    async with fleet() as f:
+        f.refuses = grpc.StatusCode[name]
+        async with joined(f.address, "a") as (_, _, task):
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            f.refuses = grpc.StatusCode.OK
+            await soon(f.registered.get())
+            await soon(f.beats.get())
+
+
 async def test_a_taken_name_may_get_free(
     fleet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
