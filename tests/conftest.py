@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from potluck.errors import PotluckError
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers our marker of tests that take minutes on a loaded machine."""
+    """Registers our marker of tests that take minutes on a loaded machine.
+
+    A shell starts what it puts in the background with SIGINT ignored, and children inherit that:
+    programs under test could not be interrupted.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: compares thousands of positions of a real model")
 
 

@@ -18,7 +18,7 @@ MOST_STACK_MOVES = 4
 
 def built(name: str) -> Path | None:
     """The object of a kernel file in the module's own build: optimized, without sanitizers."""
-    pattern = f"build/cp*/CMakeFiles/potluck_core.dir/engine/kernels/{name}.cpp.o"
+    pattern = f"build/cp3*/CMakeFiles/potluck_core.dir/engine/kernels/{name}.cpp.o"
     found = sorted(ROOT.glob(pattern), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
