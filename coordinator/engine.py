@@ -119,7 +119,7 @@ class Engine:
             if self.pipeline is not None and self.pipeline.is_overdue(now):
                 ids = [stage.worker for stage in self.pipeline.plan.stages]
                 stillest, moved_at = self.membership.fleet.stillest(ids)
-                if now - moved_at > options.LOST_SECONDS:  # else it is slow, and slow is not dead
+                if now - moved_at > options.STILL_SECONDS:  # else it is slow, and slow is not dead
                     self.membership.lose(stillest, "a step is overdue and its engine stands still")
 
     async def _serve_epoch(self, workers: list[WorkerInfo]) -> None:
@@ -158,6 +158,7 @@ class Engine:
         pipeline.traffic = self.traffic
         self.pipeline, self._scheduler = pipeline, scheduler
         self.figures.begin(len(pipeline.plan.stages))
+        self.membership.fleet.note_ready([s.worker for s in pipeline.plan.stages], self.epoch)
         self._missing, self._has_served = "", True
         self._set_state(ServiceState.SERVING)
         while True:

@@ -23,7 +23,10 @@ LOAD_STALL_SECONDS = 30.0  # a load without progress
 CANCEL_SECONDS = 2.0
 DRAIN_SECONDS = 30.0
 ACK_SECONDS = 10.0  # a step that the next stage does not acknowledge
-STEP_FLOOR_SECONDS = 60.0  # a step without result; the predicted time raises it
+STEP_FLOOR_SECONDS = 60.0  # without any result, while steps are inside
+# An engine's counter without a change, once a step is overdue. It rises at each phase; the longest
+# one of 65B with 126 rows, 45 GMAC, takes 4 s on a machine of 12 GMAC/s, and more if it throttles.
+STILL_SECONDS = 30.0
 IDLE_MESSAGE_SECONDS = 15.0  # without any message of an answer; the coordinator speaks every 5 s
 WRITE_SECONDS = 30.0  # a message that a person's program does not take
 PUBLIC_RPCS = 256  # calls at a time, besides the answers that run or wait
