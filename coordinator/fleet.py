@@ -82,6 +82,7 @@ class WorkerRecord:
     progress_at: float = 0.0  # when the engine's counter last moved
     load_done_bytes: int = 0
     load_total_bytes: int = 0
+    ready_epoch: int = 0  # loaded, as its Load call said; 0: not since the newest load began
     lost_why: str = ""
     n_lost: int = 0  # how often a worker of this id was lost
     _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_SAMPLES))
@@ -162,7 +163,8 @@ class Fleet:
         worker.note_link(heartbeat.link, now)
         worker.last_heard = now
         worker.heartbeat = heartbeat
-        worker.state = heartbeat.state
+        if heartbeat.epoch >= worker.ready_epoch:  # else it was written before the load's end
+            worker.state = heartbeat.state
 
     def leave(self, id: WorkerId, instance: int) -> bool:
         """A worker is about to stop; False if it is not (any more) known under that number."""
@@ -204,6 +206,14 @@ class Fleet:
         worker = self._workers.get(id)
         if worker is not None:
             worker.load_done_bytes, worker.load_total_bytes = done_bytes, total_bytes
+            worker.ready_epoch = 0
+
+    def note_ready(self, ids: Iterable[WorkerId], epoch: int) -> None:
+        """These have loaded their spans of `epoch`; their heartbeats will say so a little later."""
+        for id in ids:
+            worker = self._workers.get(id)
+            if worker is not None and worker.is_usable:
+                worker.state, worker.ready_epoch = WorkerState.READY, epoch
 
     def usable(self) -> list[WorkerInfo]:
         """What a plan may use, in order of registration."""

@@ -209,3 +209,24 @@ def test_who_was_lost_leaves_its_place_to_a_spare_and_others_keep_theirs() -> No
     fleet.register("a", info("127.0.0.1:1"), instance=1, now=1.0)
     assert [worker.id for worker in fleet.steadiest(2)] == ["b", "spare"]
     assert [worker.id for worker in fleet.steadiest(3)] == ["a", "b", "spare"]
+
+
+def test_a_loaded_worker_is_ready_at_once_whatever_an_old_heartbeat_says() -> None:
+    fleet = fleet_of("a", "b")
+    fleet.note_load(A, 10, 10)
+    fleet.note_ready([A, WorkerId("gone")], epoch=3)
+    assert [worker.state for worker in fleet.workers()] == [WorkerState.READY, WorkerState.JOINING]
+    fleet.hear(A, 1, Heartbeat(WorkerState.LOADING, epoch=2), 1.0)  # written before the load's end
+    assert fleet.workers()[0].state is WorkerState.READY
+    fleet.hear(A, 1, Heartbeat(WorkerState.DRAINING, epoch=3), 2.0)
+    assert fleet.workers()[0].state is WorkerState.DRAINING
+    fleet.note_load(A, 1, 10)  # of the next epoch
+    fleet.hear(A, 1, Heartbeat(WorkerState.LOADING, epoch=0), 3.0)
+    assert fleet.workers()[0].state is WorkerState.LOADING
+
+
+def test_a_lost_worker_does_not_become_ready() -> None:
+    fleet = fleet_of("a")
+    fleet.lose(A, "silent")
+    fleet.note_ready([A], epoch=1)
+    assert fleet.workers()[0].state is WorkerState.LOST
