@@ -43,13 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fleet-port", type=port, metavar="P", help=f"for workers (default {DEFAULT_FLEET_PORT})"
     )
     parser.add_argument(
-        "--context", type=values.whole(1), metavar="N", help="tokens a session may have"
+        "--context",
+        type=values.whole(1),
+        metavar="N",
+        help="most tokens of prompt and answer together (default: the model's, up to 4096)",
     )
     parser.add_argument(
-        "--prefill-chunk", type=values.whole(1, 512), metavar="N", help="tokens of a prompt a step"
+        "--prefill-chunk",
+        type=values.whole(1, 512),
+        metavar="N",
+        help="tokens of a prompt a step (default 64)",
     )
-    parser.add_argument("--max-sessions", type=values.whole(1), metavar="N", help="answers at once")
-    parser.add_argument("--queue", type=values.whole(0), metavar="N", help="requests that may wait")
+    parser.add_argument(
+        "--max-sessions", type=values.whole(1), metavar="N", help="answers at once (default 8)"
+    )
+    parser.add_argument(
+        "--queue", type=values.whole(0), metavar="N", help="requests that may wait (default 32)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="instead of the model's own: alpaca, chatml, llama-2, llama-3, mistral, vicuna",
+    )
     add_machine_options(parser)
     parser.add_argument("--log-level", metavar="L", help="debug, info, warning or error")
     parser.add_argument("--json", action="store_true", help="print one JSON line when it serves")
@@ -68,6 +83,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
     """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
     is_name = "/" not in args.model and not Path(args.model).exists()
     names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
+    names += ["queue", "chat_template", "log_level"]
     if args.local_workers:
         args.grpc_port = args.grpc_port or 0
         args.fleet_port = args.fleet_port or 0
@@ -75,7 +91,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
         model=args.model if is_name else str(path.absolute()),
         local_workers=args.local_workers,
         workers=args.workers or args.local_workers or 1,
-        coordinator_options=tuple(programs.options(args, *names, "queue", "log_level")),
+        coordinator_options=tuple(programs.options(args, *names)),
         worker_options=tuple(programs.options(args, "threads", "isa", "memory", "log_level")),
     )
 
