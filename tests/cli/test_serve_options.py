@@ -28,7 +28,7 @@ def test_every_option_of_the_service_reaches_the_coordinator() -> None:
 
 def test_every_option_of_the_machine_reaches_the_workers() -> None:
     passed = settings("--threads", "1", "--isa", "scalar", "--memory", "2 GiB").worker_options
-    assert ("--threads", "1") == passed[:2]
+    assert passed[:2] == ("--threads", "1")
     assert "--isa" in passed
     assert "--memory" in passed
 
