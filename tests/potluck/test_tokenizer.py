@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import threading
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -430,3 +431,25 @@ def test_smollm2_cuts_text_as_other_programs_do(smollm2: Path) -> None:
     assert tokenizer.decode(ids) == text
     turn = tokenizer.encode_template([("<|im_start|>user\n", True), ("<|im_end|>", False)])
     assert turn == [1, 4093, 198, 44, 108, 306, 79, 486, 108, 46]
+
+
+def test_encoding_a_long_text_lets_other_threads_run(either: Tokenizer) -> None:
+    """Fails if encoding holds the GIL: then the only pause is as long as the whole work."""
+    may_begin, has_ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        may_begin.wait()
+        either.encode("hello world 12 " * 100_000, add_start=False)
+        has_ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started = last = time.perf_counter()
+    longest = 0.0
+    may_begin.set()
+    while not has_ended.is_set():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    thread.join()
+    assert longest < (last - started) / 2
