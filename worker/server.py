@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_SESSIONS = 256
+UNUSED_SECONDS = 5.0  # an epoch without a step, after which sessions of the one before are freed
 
 
 class Worker(worker_pb2_grpc.WorkerServicer):
@@ -60,6 +61,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._stage: Stage | None = None
         self._model: types_pb2.ModelReference | None = None
         self._fence = 0  # newest epoch that a coordinator gave us
+        # The stage that a newer epoch has no steps for, and since when.
+        self._fenced: tuple[Stage, float] | None = None
         self._load_lock = asyncio.Lock()
         self._is_closing = False
         self._streams: set[_AckStream] = set()
@@ -182,15 +185,20 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         return beat
 
     def fence(self, epoch: int) -> None:
-        """The coordinator is at this epoch: of older ones rows are stale and sessions over.
+        """The coordinator is at this epoch: rows of older ones are stale. Told at each heartbeat.
 
-        Freed now and not by the next load: until enough workers are here again, that may be hours.
+        If no step of it comes, this stage is in no plan any more, and its sessions are over. They
+        are freed now and not by the next load: until enough workers are here, that may be hours.
         """
         stage = self._stage
         if stage is None or epoch <= stage.epoch:
             return
         stage.flush(epoch, ())
-        if len(stage.sessions):
+        now = asyncio.get_running_loop().time()
+        is_used = epoch <= stage.newest_epoch
+        if is_used or self._fenced is None or self._fenced[0] is not stage:
+            self._fenced = (stage, now)
+        elif now - self._fenced[1] > UNUSED_SECONDS and len(stage.sessions):
             self._tasks.create_task(stage.free_sessions(), name="free sessions")
 
     async def forget(self, *, epochs: bool) -> None:
@@ -297,7 +305,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """Ends the stage; its shard, without sessions, for whoever wants to keep it."""
         if (stage := self._stage) is None:
             return None
-        self._stage = None
+        self._stage = self._fenced = None
         self.n_steps += stage.n_steps
         await stage.close()
         return stage.shard

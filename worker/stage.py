@@ -85,6 +85,11 @@ class Stage:
         self._running: tuple[int, StepWork] | None = None  # epoch and work that is in the engine
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def newest_epoch(self) -> int:
+        """Of the steps that came, at least the one that was loaded."""
+        return self._order.epoch
+
     def start(self, tasks: asyncio.TaskGroup) -> None:
         """Begins to compute; `close` ends it."""
         self._task = tasks.create_task(self._run(), name=f"stage of epoch {self.epoch}")

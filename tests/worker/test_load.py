@@ -250,23 +250,36 @@ async def test_a_worker_alone_frees_sessions_and_keeps_its_shard(rig: Callable[[
 
 
 async def test_sessions_of_an_epoch_that_is_over_are_freed_without_a_new_load(
-    rig: Callable[[int], Any],
+    rig: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("worker.server.UNUSED_SECONDS", 0.2)
     async with rig(1) as r:
         await r.load()
         await r.run(OPEN, ROWS)
         (worker,) = r.workers
-        assert worker.loaded().sessions == 1
-        worker.fence(1)  # the epoch that is loaded
-        await asyncio.sleep(0)
-        assert worker.loaded().sessions == 1
-        worker.fence(2)
         async with asyncio.timeout(10):
-            while worker.loaded().sessions:  # noqa: ASYNC110  no event says so
+            while worker.loaded().sessions:
+                worker.fence(2)  # as each heartbeat does
                 await asyncio.sleep(0.01)
         assert worker.loaded().kv_used_bytes == 0
         await r.load()
         await r.run(OPEN, ROWS)  # the engine has freed it too: its id is free
+
+
+async def test_sessions_live_on_in_an_epoch_that_has_steps(
+    rig: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.server.UNUSED_SECONDS", 0.0)
+    async with rig(1) as r:
+        await r.load()
+        await r.run(OPEN, ROWS)
+        (worker,) = r.workers
+        r.epoch, r.step = 2, 0  # a flush: the same plan under a new number
+        await r.run()
+        for epoch in (1, 2, 2, 2):
+            worker.fence(epoch)
+            await asyncio.sleep(0.01)
+        assert worker.loaded().sessions == 1
 
 
 async def test_a_load_that_the_system_fails_says_why(
