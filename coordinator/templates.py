@@ -157,12 +157,20 @@ async def _exchange(child: Process, line: bytes) -> bytes:
     """One line in, one line out; empty if the child is dead."""
     assert child.stdin is not None
     assert child.stdout is not None
+    answer = b""
     try:
         child.stdin.write(line)
         await child.stdin.drain()
-        return await child.stdout.readline()
-    except (ConnectionError, ValueError):  # a line over the limit is a ValueError
+        answer = await child.stdout.readline()
+    except ValueError:  # a line over the limit
         return b""
+    except ConnectionError:
+        pass
+    if not answer:
+        # It is ending. Its status says why, and would be lost: kill() on a dead child collects it
+        # behind asyncio's back.
+        await child.wait()
+    return answer
 
 
 def _cause_of_death(returncode: int | None) -> str:
