@@ -1,5 +1,7 @@
 #include "engine/pool.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -8,6 +10,7 @@
 #include <exception>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -94,6 +97,7 @@ struct Pool::State {
   std::atomic<bool> caller_sleeps{false};
   std::atomic<bool> stopping{false};
   std::vector<std::thread> helpers;  // threads 1 .. n - 1
+  const pid_t process = getpid();    // the helpers'
 
   bool Refill(size_t thread);
   void Work(size_t thread);
@@ -101,6 +105,7 @@ struct Pool::State {
   void Serve(size_t thread);
   void Announce();
   void AwaitOut(uint64_t in);
+  void Stop();
 };
 
 // Takes half of the fullest share, from its back. False: nothing is left.
@@ -199,20 +204,40 @@ void Pool::State::AwaitOut(uint64_t in) {
   caller_sleeps.store(false, std::memory_order_relaxed);
 }
 
+// Ends the helpers that were started.
+void Pool::State::Stop() {
+  stopping.store(true, std::memory_order_release);
+  gate.fetch_add(kOneRun, std::memory_order_seq_cst);
+  Announce();
+  for (std::thread& helper : helpers) helper.join();
+}
+
 Pool::Pool(size_t threads) {
   if (threads == 0 || threads > kMaxThreads)
     throw UsageError("threads: 1 to " + std::to_string(kMaxThreads) + ", not " +
                      std::to_string(threads));
   state_ = std::make_unique<State>(threads);
-  for (size_t thread = 1; thread < threads; ++thread)
-    state_->helpers.emplace_back([state = state_.get(), thread] { state->Serve(thread); });
+  state_->helpers.reserve(threads - 1);
+  try {
+    for (size_t thread = 1; thread < threads; ++thread)
+      state_->helpers.emplace_back([state = state_.get(), thread] { state->Serve(thread); });
+  } catch (const std::system_error& error) {
+    const size_t started = state_->helpers.size() + 1;
+    state_->Stop();
+    throw UsageError("threads: the system gives " + std::to_string(started) + " of " +
+                         std::to_string(threads) + " (" + error.what() + ")",
+                     "use fewer threads");
+  }
 }
 
 Pool::~Pool() {
-  state_->stopping.store(true, std::memory_order_release);
-  state_->gate.fetch_add(kOneRun, std::memory_order_seq_cst);
-  state_->Announce();
-  for (std::thread& helper : state_->helpers) helper.join();
+  // A child of fork() has the state but none of the threads: they can neither be joined nor leave
+  // what they wait for, so its copy stays as it is.
+  if (state_->process == getpid()) {
+    state_->Stop();
+  } else {
+    static_cast<void>(state_.release());
+  }
 }
 
 size_t Pool::threads() const { return state_->shares.size(); }
@@ -244,8 +269,10 @@ void Pool::RunJob(const Job& job, size_t n_pieces, size_t grain) {
     gate = state.gate.fetch_and(~kOpen, std::memory_order_acq_rel);
     state.AwaitOut(InOf(gate));
   }
-  if (state.failed.load(std::memory_order_relaxed))
-    std::rethrow_exception(std::exchange(state.failure, nullptr));
+  if (!state.failed.load(std::memory_order_relaxed)) return;
+  // What was not handed out must not be found by the next run.
+  for (Share& share : state.shares) share.pieces.store(0, std::memory_order_relaxed);
+  std::rethrow_exception(std::exchange(state.failure, nullptr));
 }
 
 FloatRules::FloatRules() {

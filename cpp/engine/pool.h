@@ -14,7 +14,7 @@ namespace potluck {
 
 class Pool {
  public:
-  // threads counts the caller's. UsageError: 0 or more than kMaxThreads.
+  // threads counts the caller's. UsageError: 0, more than kMaxThreads, or than the system gives.
   explicit Pool(size_t threads);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -29,7 +29,7 @@ class Pool {
   // ranges may be shorter and start anywhere. What work wrote is visible when Run returns. An
   // exception of work stops the handing out and is thrown here, the first if there are several.
   // Allocates nothing. Any thread may call: runs of several callers follow each other. work must
-  // not call Run of the same pool.
+  // not call Run of the same pool. In a child of fork() the caller works alone.
   template <class F>
   void Run(size_t n_pieces, size_t grain, F&& work) {
     using Work = std::remove_reference_t<F>;

@@ -1,11 +1,14 @@
 #include "engine/pool.h"
 
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -42,10 +45,11 @@ void CoversEachPieceOnce(Pool& pool, size_t n_pieces, size_t grain) {
 }  // namespace
 
 TEST(each_piece_is_worked_on_exactly_once) {
-  for (const size_t threads : {1, 2, 3, 8}) {
+  for (const size_t threads : {1u, 2u, 3u, 8u}) {
     Pool pool(threads);
-    for (const size_t n_pieces : {1, 2, 3, 7, 64, 1000})
-      for (const size_t grain : {0, 1, 3, 64, 2000}) CoversEachPieceOnce(pool, n_pieces, grain);
+    for (const size_t n_pieces : {1u, 2u, 3u, 7u, 64u, 1000u})
+      for (const size_t grain : {0u, 1u, 3u, 64u, 2000u})
+        CoversEachPieceOnce(pool, n_pieces, grain);
   }
 }
 
@@ -118,6 +122,32 @@ TEST(after_an_exception_no_more_pieces_are_handed_out) {
   CHECK_EQ(calls, size_t{1});
 }
 
+TEST(what_a_failed_run_left_over_is_not_worked_on_by_the_next) {
+  Pool pool(3);
+  for (int round = 0; round < 50; ++round) {
+    CHECK_THROWS(pool.Run(90, 1, [](size_t, size_t, size_t) { throw std::runtime_error("any"); }),
+                 std::runtime_error);
+    CoversEachPieceOnce(pool, 2, 2);  // one thread's work: nothing is shared out
+  }
+}
+
+// A child of fork() has none of the pool's threads.
+TEST(a_forked_child_works_alone_and_ends) {
+  auto pool = std::make_unique<Pool>(3);
+  CoversEachPieceOnce(*pool, 100, 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // all sleep: none holds a mutex
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a hung child is a failed one
+    for (int run = 0; run < 100; ++run) CoversEachPieceOnce(*pool, 100, 1);
+    pool.reset();
+    _exit(check::Failures() == 0 ? 0 : 1);
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+}
+
 TEST(runs_of_several_callers_follow_each_other) {
   Pool pool(3);
   int inside = 0;  // guarded by the pool's promise alone
@@ -134,7 +164,7 @@ TEST(runs_of_several_callers_follow_each_other) {
 // interleaving of spinning, falling asleep and waking is met; under TSan this is the proof.
 TEST(phases_of_random_length_with_random_sleep_lose_nothing) {
   std::mt19937 random(7);
-  for (const size_t threads : {2, 5}) {
+  for (const size_t threads : {2u, 5u}) {
     Pool pool(threads);
     std::vector<uint32_t> values(64, 0);
     const int n_runs = 60000;
