@@ -17,7 +17,6 @@ Activations::Activations(const KernelTable& kernels, float norm_eps, size_t thre
     : kernels_(kernels), norm_eps_(norm_eps), own_(threads) {}
 
 void Activations::Reserve(size_t n_rows, size_t k) {
-  largest_k_ = std::max(largest_k_, k);
   const auto reserve = [&](Copy& copy, size_t rows) { copy.normed.Reserve(rows * k); };
   for (Copy& copy : own_) reserve(copy, std::min(n_rows, kOwnRows));
   if (n_rows > kOwnRows) reserve(shared_, n_rows);
@@ -74,7 +73,12 @@ bool Activations::Prepare(Step& step, size_t first, size_t last, Copy* copy) {
   if (rows_.norm != nullptr) {
     for (size_t row = first; row < last; ++row) {
       float* const normed = copy->normed.data() + row * rows_.k;
-      kernels_.vector->rms_norm(rows_.x + row * rows_.k, rows_.norm, rows_.k, norm_eps_, normed);
+      if (kernels_.vector->rms_norm(rows_.x + row * rows_.k, rows_.norm, rows_.k, norm_eps_,
+                                    normed)) {
+        continue;
+      }
+      step.failure.Report(row);
+      return false;
     }
     x = copy->normed.data();
   }

@@ -58,7 +58,6 @@ class Activations {
 
   const KernelTable& kernels_;
   float norm_eps_;
-  size_t largest_k_ = 0;
   uint64_t phase_ = 0;  // counts Begin
   Rows rows_{};
   std::array<bool, kGrains> is_needed_{};  // by grain

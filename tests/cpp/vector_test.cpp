@@ -77,7 +77,7 @@ void WithEachTable(const Look& look) {
     for (const std::string& kind : kKinds)
       for (size_t n = 1; n < 70; ++n) look(table, kind, n);
     for (const std::string& kind : kKinds)
-      for (const size_t n : {96, 576, 4096, 11008}) look(table, kind, n);
+      for (const size_t n : {96u, 576u, 4096u, 11008u}) look(table, kind, n);
   }
 }
 
@@ -95,8 +95,8 @@ TEST(every_isa_norms_to_the_bits_of_scalar) {
     Row w(Values("normal", n, 2));
     Row expected(n);
     Row got(n);
-    Scalar().rms_norm(x.data(), w.data(), n, 1e-5f, expected.data());
-    table.rms_norm(x.data(), w.data(), n, 1e-5f, got.data());
+    const bool is_finite = Scalar().rms_norm(x.data(), w.data(), n, 1e-5f, expected.data());
+    CHECK_EQ(table.rms_norm(x.data(), w.data(), n, 1e-5f, got.data()), is_finite);
     CHECK(SameBits(expected, got));
     table.rms_norm(x.data(), w.data(), n, 1e-5f, x.data());  // in place
     CHECK(SameBits(expected, x));
@@ -226,6 +226,24 @@ TEST(a_norm_of_zeros_is_zero_and_silu_saturates) {
   CHECK_EQ(out[0], 100.0f);
   CHECK_EQ(out[1], 0.0f);
   CHECK_EQ(out[2], 0.0f);
+}
+
+TEST(a_norm_whose_sum_of_squares_overflows_says_so) {
+  for (const std::string& isa : potluck::AvailableIsas()) {
+    const VectorTable& table = *potluck::ChooseTable(isa).vector;
+    for (const size_t n : {1u, 7u, 16u, 33u, 576u}) {
+      Row w(Values("normal", n, 1));
+      Row out(n);
+      for (const float large : {1.8e19f, 1.9e19f, -3.4e38f, kInfinity, static_cast<float>(NAN)}) {
+        for (const size_t place : {size_t{0}, n / 2, n - 1}) {
+          std::vector<float> values(n, 0.0f);
+          values[place] = large;
+          Row x(values);
+          CHECK_EQ(table.rms_norm(x.data(), w.data(), n, 1e-5f, out.data()), large == 1.8e19f);
+        }
+      }
+    }
+  }
 }
 
 TEST(crc32c_is_that_of_the_rfc_by_tables_and_by_instruction) {

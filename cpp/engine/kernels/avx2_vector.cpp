@@ -26,7 +26,7 @@ inline float Tree(__m256 low, __m256 high) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-void RmsNorm(const float* x, const float* w, size_t n, float eps, float* out) {
+bool RmsNorm(const float* x, const float* w, size_t n, float eps, float* out) {
   __m256 low = _mm256_setzero_ps();
   __m256 high = _mm256_setzero_ps();
   size_t i = 0;
@@ -58,6 +58,7 @@ void RmsNorm(const float* x, const float* w, size_t n, float eps, float* out) {
     const __m256 scaled = _mm256_mul_ps(_mm256_maskload_ps(x + i, mask), inv);
     _mm256_maskstore_ps(out + i, mask, _mm256_mul_ps(scaled, _mm256_maskload_ps(w + i, mask)));
   }
+  return _mm256_cvtss_f32(inv) > 0.0f;  // 0 for an infinite sum, NaN for a NaN
 }
 
 inline __m256 SiluMul8(__m256 gate, __m256 up) {

@@ -16,11 +16,12 @@ T Tree(T* lanes) {
   return lanes[0];
 }
 
-void RmsNorm(const float* x, const float* w, size_t n, float eps, float* out) {
+bool RmsNorm(const float* x, const float* w, size_t n, float eps, float* out) {
   float lanes[kLanes] = {};
   for (size_t i = 0; i < n; ++i) lanes[i % kLanes] = std::fma(x[i], x[i], lanes[i % kLanes]);
   const float inv = 1.0f / std::sqrt(Tree(lanes) / static_cast<float>(n) + eps);
   for (size_t i = 0; i < n; ++i) out[i] = (x[i] * inv) * w[i];
+  return inv > 0.0f;  // 0 for an infinite sum, NaN for a NaN
 }
 
 void SiluMul(const float* gate, const float* up, size_t n, float* out) {

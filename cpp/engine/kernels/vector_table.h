@@ -11,8 +11,9 @@ namespace potluck {
 struct VectorTable {
   // out[i] = (x[i] * inv) * w[i], inv = 1 / sqrt(sum / n + eps). sum: lane j of 16 chains
   // fma(x[i], x[i], lane) over the i = j mod 16 in rising order; lanes are added in a tree,
-  // 16 > 8 > 4 > 2 > 1: lane j += lane j + 8, and so on. n > 0; out may be x.
-  void (*rms_norm)(const float* x, const float* w, size_t n, float eps, float* out);
+  // 16 > 8 > 4 > 2 > 1: lane j += lane j + 8, and so on. n > 0; out may be x. False: the sum is
+  // not finite (values from some 1e19 on), and out, though it may be zeros, means nothing.
+  bool (*rms_norm)(const float* x, const float* w, size_t n, float eps, float* out);
 
   // out[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i], exp as in canon.h; out may be gate or up.
   void (*silu_mul)(const float* gate, const float* up, size_t n, float* out);
