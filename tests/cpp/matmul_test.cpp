@@ -183,8 +183,29 @@ TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
     for (const WeightType type : kAllTypes) {
       for (const int byte : {-1, 0x00, 0xff, 0x80, 0x7f, 0xf0, 0x0f}) {
         const Case c = {
-            type, 24, k, rows, weights::FileBytes(type, 24, k, 6, Scales::kRandom, byte), x};
-        CheckCase(c, {1, 2, 5, 8, 13}, {3});
+            type, 40, k, rows, weights::FileBytes(type, 40, k, 6, Scales::kRandom, byte), x};
+        CheckCase(c, {1, 2, 5, 8, 13}, {3, 5});  // tiles of 1, 2 and 4 panels and what they leave
+      }
+    }
+  }
+}
+
+// Lanes of +-32512 times scales of -128, in every sub-block: the largest sums of Q6_K.
+TEST(SixBitCodesAndTheirScalesAtBothEndsHaveTheSameBits) {
+  const size_t n = 40, k = 512, rows = 13;
+  for (const int codes : {0x00, 0xff}) {  // -32, 31
+    for (const int scale : {-128, 127}) {
+      std::vector<uint8_t> file =
+          weights::FileBytes(WeightType::kQ6_K, n, k, 14, Scales::kRandom, codes);
+      for (size_t block = 0; block < file.size(); block += 210) {
+        std::memset(file.data() + block + 192, scale, 16);
+      }
+      for (const size_t run : {1u, 2u, 8u, 16u, 512u}) {
+        for (const float size : {1.0f, -1.0f}) {
+          std::vector<float> x(rows * k);
+          for (size_t i = 0; i < x.size(); ++i) x[i] = i % k / run % 2 != 0 ? -size : size;
+          CheckCase({WeightType::kQ6_K, n, k, rows, file, x}, {1, 5, 8, 13}, {3});
+        }
       }
     }
   }
@@ -197,8 +218,8 @@ TEST(ExtremeScalesHaveTheSameBits) {
       for (const float size : {1e-30f, 1.0f, 1e30f}) {
         std::vector<float> x = weights::Activations(13, 512, 7);
         for (float& value : x) value *= size;
-        const Case c = {type, 24, 512, 13, weights::FileBytes(type, 24, 512, 8, scales), x};
-        CheckCase(c, {1, 4, 7, 13}, {3});
+        const Case c = {type, 40, 512, 13, weights::FileBytes(type, 40, 512, 8, scales), x};
+        CheckCase(c, {1, 4, 7, 13}, {3, 5});
       }
     }
   }

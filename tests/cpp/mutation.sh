@@ -1,10 +1,25 @@
 #!/bin/sh
-# Builds the kernels with one deliberate defect each and expects matmul_test to notice.
+# Builds the kernels with one deliberate defect each and expects matmul_test to notice it in every
+# kernel that has it: narrow ones (M 1, M 2) and tiles of many rows (M 13), type by type.
 #
 # usage: tests/cpp/mutation.sh BUILD_FOLDER
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${1:?usage: mutation.sh BUILD_FOLDER}
+
+# Table, type and M that must fail. Centred sums of 4 bits (q4_0) hold twice the depth, and VNNI sums
+# are int32: neither can be too deep by one.
+expected() {
+  case $1 in
+  depth) echo "avx2 q4_1 1, avx2 q4_1 13, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
+  seed)
+    echo "avx2 q4_0 1, avx2 q4_0 13, avx2 q6_k 1, avx2 q6_k 13, avx512vnni q4_0 2," \
+      "avx512vnni q4_0 13, avx512vnni q8_0 2, avx512vnni q8_0 13"
+    ;;
+  clamp) echo "avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
+  esac
+}
+
 missed=0
 for mutation in depth seed clamp; do
   folder="$build/$mutation"
@@ -13,11 +28,19 @@ for mutation in depth seed clamp; do
     tail -n 20 "$folder/build.log"
     exit 2
   }
-  if "$folder/matmul_test" > "$folder/test.log" 2>&1; then
-    echo "mutation $mutation: NOT noticed"
-    missed=1
-  else
-    echo "mutation $mutation: noticed ($(grep -c '^FAILED' "$folder/test.log") tests failed)"
-  fi
+  "$folder/matmul_test" > "$folder/test.log" 2>&1 || true
+  noticed=0
+  for kernel in $(expected "$mutation" | sed 's/, */,/g; s/ /:/g' | tr ',' ' '); do
+    table=${kernel%%:*}
+    rest=${kernel#*:}
+    grep -q "^tried $table\$" "$folder/test.log" || continue # this CPU lacks it
+    if grep -q "other bits: $table ${rest%:*} K [0-9]* M ${rest#*:} " "$folder/test.log"; then
+      noticed=$((noticed + 1))
+    else
+      echo "mutation $mutation: NOT noticed in $table ${rest%:*} at M = ${rest#*:}"
+      missed=1
+    fi
+  done
+  echo "mutation $mutation: noticed in $noticed kernels"
 done
 exit $missed

@@ -65,9 +65,24 @@ namespace {
   return Pin(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
 }
 
+#if defined(POTLUCK_MUTATION_DEPTH)
+// Pairs of int16 lanes times a pair of equal ones, the two products added to an int32. Here the
+// lanes are added as int16 first: one addition too deep for sums that fill them, for tests to
+// catch.
+[[maybe_unused]] inline __m256i WidenPairs(__m256i sum, __m256i factors) {
+  const __m256i both = _mm256_add_epi16(sum, _mm256_slli_epi32(sum, 16));
+  return _mm256_mullo_epi32(_mm256_srai_epi32(both, 16), _mm256_srai_epi32(factors, 16));
+}
+#else
+// Pairs of int16 lanes times a pair of equal ones, the two products added to an int32.
+[[maybe_unused]] inline __m256i WidenPairs(__m256i sum, __m256i factors) {
+  return _mm256_madd_epi16(sum, factors);
+}
+#endif
+
 // Pairs of int16 lanes, summed, as floats.
 [[maybe_unused]] inline __m256 PairsToFloat(__m256i sum) {
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+  return _mm256_cvtepi32_ps(WidenPairs(sum, _mm256_set1_epi16(1)));
 }
 
 }  // namespace

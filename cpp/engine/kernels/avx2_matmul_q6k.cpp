@@ -63,8 +63,7 @@ inline void AddSubBlock(__m256i (&total)[R], const uint8_t* run, const uint8_t* 
   add(JoinCodes<3>(nibbles(3), tops), 3);
   const __m256i pairs = ScalePairs(scales);
 #pragma GCC unroll 8
-  for (size_t t = 0; t < R; ++t)
-    total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(sum[t], pairs));
+  for (size_t t = 0; t < R; ++t) total[t] = _mm256_add_epi32(total[t], WidenPairs(sum[t], pairs));
 }
 
 // One panel times R rows of a group, in one pass over the panel.
