@@ -3,6 +3,10 @@
 #include <array>
 #include <cstdlib>
 
+#if defined(POTLUCK_X86)
+#include <cpuid.h>
+#endif
+
 #include "engine/errors.h"
 #include "engine/kernels/attention_table.h"
 #include "engine/kernels/matmul_table.h"
@@ -14,10 +18,16 @@ namespace {
 bool RunsScalar() { return true; }
 
 #if defined(POTLUCK_X86)
+// Older clangs know no "f16c" in the detection below.
+bool HasF16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
 // The compiler's detection asks the system too whether it saves the wide registers.
 bool RunsAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c() &&
+         __builtin_cpu_supports("bmi2");
 }
 
 bool RunsAvx512Vnni() {

@@ -161,8 +161,8 @@ TEST(chunks_and_threads_change_no_bit) {
     const Timeline timeline(shape, 1100, 7);
     const AttentionTable& kernels = *potluck::ChooseTable("auto").attention;
     const auto whole = Attended(kernels, timeline, 1, 1100);
-    for (const size_t threads : {1, 2, 3, 4}) {
-      for (const size_t chunk : {1, 7, 8, 9, 64, 257, 1100}) {
+    for (const size_t threads : {1u, 2u, 3u, 4u}) {
+      for (const size_t chunk : {1u, 7u, 8u, 9u, 64u, 257u, 1100u}) {
         CHECK(SameBits(Attended(kernels, timeline, threads, chunk), whole));
       }
     }
@@ -209,7 +209,7 @@ TEST(keys_and_values_round_to_nearest_even_and_refuse_what_overflows) {
       CHECK_EQ(group[d * 8 + 4], 0);
     }
     for (const float bad : {65520.0f, -1e9f, INFINITY, -INFINITY, NAN}) {
-      for (const size_t place : {0, 12, 36}) {
+      for (const size_t place : {0u, 12u, 36u}) {
         std::vector<float> damaged = values;
         damaged[place] = bad;
         CHECK(!kernels.store_value(damaged.data(), 37, row.data()));

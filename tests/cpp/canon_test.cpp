@@ -129,7 +129,7 @@ TEST(rope_turns_pair_i_by_position_times_theta_to_the_minus_2i_over_dim) {
   CHECK_EQ(rope.half(), size_t{32});
   std::vector<float> cosine(32);
   std::vector<float> sine(32);
-  for (const size_t position : {0, 1, 17, 2047, 131071}) {
+  for (const size_t position : {0u, 1u, 17u, 2047u, 131071u}) {
     rope.Angles(position, cosine.data(), sine.data());
     for (size_t i = 0; i < 32; ++i) {
       const double angle =

@@ -133,7 +133,7 @@ TEST(memory_is_what_sessions_have_written_and_comes_back) {
   CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 0u);
   kv.Open(1, 1000);
   kv.Prepare(1, 0, 40);
-  for (const size_t page : {0, 1, 2}) {
+  for (const size_t page : {0u, 1u, 2u}) {
     std::fill_n(kv.Section(kv.Table(1)[page], 0, 0), shape.PageValues(), uint16_t{1});
   }
   CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 3 * shape.PageBytes());
