@@ -236,7 +236,7 @@ Pool::~Pool() {
   if (state_->process == getpid()) {
     state_->Stop();
   } else {
-    static_cast<void>(state_.release());  // NOLINT(bugprone-unused-return-value): given up on purpose
+    static_cast<void>(state_.release());  // NOLINT(bugprone-unused-return-value)
   }
 }
 
