@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,7 +39,8 @@ auto WithoutGil(const Call& call) {
 // Kernel table and threads, shared by the shards of a process.
 struct Engine {
   Engine(size_t threads, const std::string& isa)
-      : kernels(ChooseTable(isa)), pool(threads == 0 ? AllowedCpus() : threads) {}
+      : kernels(ChooseTable(isa)),
+        pool(threads == 0 ? std::min(AllowedCpus(), Pool::kMaxThreads) : threads) {}
   const KernelTable& kernels;
   Pool pool;
 };
@@ -280,7 +282,9 @@ void BindShard(py::module_& m) {
       .def("forward", ForwardOf, py::arg("input"), py::arg("rows"), py::arg("output"))
       .def("cancel", &Shard::Cancel)
       .def_property_readonly("progress", &Shard::progress)
-      .def_property_readonly("shard_bytes", &Shard::shard_bytes)
+      .def_property_readonly(
+          "shard_bytes",
+          [](const Shard& shard) { return WithoutGil([&] { return shard.shard_bytes(); }); })
       .def_property_readonly("kv_bytes", &Shard::kv_bytes)
       .def_property_readonly(
           "scratch_bytes",

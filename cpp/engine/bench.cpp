@@ -59,7 +59,10 @@ void FillPanel(WeightType type, size_t k, std::mt19937& random, uint8_t* panel) 
 }
 
 void CheckSizes(WeightType type, size_t n, size_t k, size_t batch, size_t rounds) {
+  constexpr size_t kMost = size_t{1} << 24;  // so that no product of three overflows size_t
   const TypeInfo& info = InfoOf(type);
+  if (n > kMost || k > kMost || batch > kMost)
+    throw UsageError("a benchmark takes sizes of at most " + std::to_string(kMost));
   if (n == 0 || k == 0 || batch == 0 || rounds == 0)
     throw UsageError("a benchmark needs sizes above 0");
   if (k % info.block_values != 0) {

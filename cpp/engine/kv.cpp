@@ -25,6 +25,9 @@ KvPages::KvPages(const KvShape& shape, size_t budget_bytes, size_t max_sessions)
     : shape_(shape), max_sessions_(max_sessions) {
   // Page numbers are int32 in the tables.
   n_pages_ = std::min<size_t>(budget_bytes / shape.PageBytes(), INT32_MAX);
+  references_.assign(n_pages_, 0);
+  free_.reserve(n_pages_);
+  for (size_t page = n_pages_; page > 0; --page) free_.push_back(static_cast<int32_t>(page - 1));
   if (n_pages_ > 0) {
     void* mapped = mmap(nullptr, n_pages_ * shape.PageBytes(), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -32,11 +35,8 @@ KvPages::KvPages(const KvShape& shape, size_t budget_bytes, size_t max_sessions)
       throw UsageError("kv_bytes: the system can't reserve " + std::to_string(budget_bytes) +
                        " bytes");
     }
-    values_ = static_cast<uint16_t*>(mapped);
+    values_ = static_cast<uint16_t*>(mapped);  // last: nothing may throw that would leave it mapped
   }
-  references_.assign(n_pages_, 0);
-  free_.reserve(n_pages_);
-  for (size_t page = n_pages_; page > 0; --page) free_.push_back(static_cast<int32_t>(page - 1));
 }
 
 KvPages::~KvPages() {

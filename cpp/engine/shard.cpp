@@ -27,6 +27,12 @@ double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+void CheckRoom(size_t max_tokens) {
+  if (max_tokens <= kMostPositions) return;
+  throw UsageError("max_tokens: at most " + std::to_string(kMostPositions) + ", not " +
+                   std::to_string(max_tokens));
+}
+
 // Config and part are right before anything is made of them.
 Config Checked(const Config& config, const ShardPart& part) {
   Check(config, part);
@@ -75,6 +81,7 @@ struct Shard::State {
   std::vector<double> Forward(const Input& input, const std::vector<RowSpan>& rows, float* output,
                               size_t output_values);
   void CheckBuffers(const Input& input, size_t output_values) const;
+  void TakeTokens(const Input& input);
   void Begin(Step& step, const Input& input);
   void RunLayers(Step& step, std::vector<double>* seconds);
   void GiveLogits(Step& step, float* output);
@@ -98,6 +105,7 @@ struct Shard::State {
   Activations activations;
   Rope rope;
   Scratch scratch;
+  std::vector<int32_t> tokens;  // [n_rows], checked
   Batch batch;
   Failure failure;
 };
@@ -108,6 +116,7 @@ std::vector<double> Shard::State::Forward(const Input& input, const std::vector<
   if (!is_sealed) throw UsageError("forward before seal");
   batch.Count(rows, config);
   CheckBuffers(input, output_values);
+  if (part.embeds) TakeTokens(input);
   batch.Place(rows, &kv);
   std::vector<double> seconds;
   seconds.reserve(span.layers.size() + 1);
@@ -144,8 +153,13 @@ void Shard::State::CheckBuffers(const Input& input, size_t output_values) const 
     throw UsageError("output: room for " + std::to_string(output_values) +
                      " values, the rows give " + std::to_string(given));
   }
-  for (size_t i = 0; part.embeds && i < n_rows; ++i) {
-    const int32_t token = input.tokens[i];
+}
+
+// A copy, checked: whoever owns the buffer may write to it while the step runs.
+void Shard::State::TakeTokens(const Input& input) {
+  tokens.assign(input.tokens, input.tokens + input.n_values);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int32_t token = tokens[i];
     if (token >= 0 && static_cast<size_t>(token) < config.vocab) continue;
     throw UsageError("token id " + std::to_string(token) + " of row " + std::to_string(i) +
                      "; the vocabulary has " + std::to_string(config.vocab));
@@ -158,7 +172,7 @@ void Shard::State::Begin(Step& step, const Input& input) {
   attention.Plan(batch.sessions());
   TurnAngles(step, rope);
   if (part.embeds) {
-    Embed(step, span.embedding, input.tokens);
+    Embed(step, span.embedding, tokens.data());
   } else {
     std::copy_n(input.x, input.n_values, scratch.x.data());
   }
@@ -202,7 +216,7 @@ void Shard::State::StopIfCancelled() const {
 
 void Shard::State::Refuse(const std::string& where, size_t row) const {
   throw FrameError(where + ", " + batch.NameOf(row) +
-                   ": a value is not finite (keys and values are f16: at most 65504)");
+                   ": a value is not finite or too large (keys and values are f16: at most 65504)");
 }
 
 Shard::Shard(Pool& pool, const KernelTable& kernels, const Config& config, const ShardPart& part)
@@ -235,10 +249,7 @@ void Shard::Seal() {
 
 void Shard::Open(uint64_t session, size_t max_tokens) {
   const Lock lock(state_->mutex);
-  if (max_tokens > kMostPositions) {
-    throw UsageError("max_tokens: at most " + std::to_string(kMostPositions) + ", not " +
-                     std::to_string(max_tokens));
-  }
+  CheckRoom(max_tokens);
   state_->kv.Open(session, max_tokens);
 }
 
@@ -249,6 +260,7 @@ void Shard::Truncate(uint64_t session, size_t position) {
 
 void Shard::Fork(uint64_t session, uint64_t new_session, size_t max_tokens) {
   const Lock lock(state_->mutex);
+  CheckRoom(max_tokens);
   state_->kv.Fork(session, new_session, max_tokens);
 }
 
@@ -297,7 +309,7 @@ size_t Shard::shard_bytes() const {
 size_t Shard::scratch_bytes() const {
   const Lock lock(state_->mutex);
   return ScratchBytes(state_->scratch) + state_->attention.scratch_bytes() +
-         state_->activations.scratch_bytes();
+         state_->activations.scratch_bytes() + state_->tokens.capacity() * sizeof(int32_t);
 }
 
 size_t Shard::kv_bytes() const { return state_->kv.n_pages() * state_->kv.shape().PageBytes(); }

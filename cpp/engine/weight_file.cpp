@@ -18,7 +18,8 @@ std::string Reason(int error) { return std::generic_category().message(error); }
 }  // namespace
 
 WeightFile::WeightFile(std::string path)
-    : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
+    // O_NONBLOCK: opening a pipe would wait for its writer. Files don't heed it.
+    : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
   if (descriptor_ < 0) throw ModelError(path_ + ": " + Reason(errno));
 }
 

@@ -1,6 +1,7 @@
 // Weights into a shard: from a file and from memory alike, exact in size, and refused by name if
 // they are not what the span needs.
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -125,6 +126,13 @@ TEST(wrong_tensors_are_refused_by_name) {
                potluck::ModelError);
   CHECK_THROWS(shard.PutFile("blk.1.ffn_up.weight", "q4_1", 160, 64, "/dev/null", 0),
                potluck::ModelError);
+  char folder[] = "/tmp/potluck_pipe_XXXXXX";
+  CHECK(mkdtemp(folder) != nullptr);
+  const std::string pipe = std::string(folder) + "/pipe";  // without a writer
+  CHECK_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  CHECK_THROWS(shard.PutFile("blk.1.ffn_up.weight", "q4_1", 160, 64, pipe, 0), potluck::ModelError);
+  unlink(pipe.c_str());
+  rmdir(folder);
   put("blk.1.ffn_up.weight", "q4_1", 160, 8, 8 * 40);
   CHECK_THROWS(put("blk.1.ffn_up.weight", "q4_1", 160, 0, bytes.size()), potluck::ModelError);
   CHECK_THROWS(put("blk.1.ffn_up.weight", "q8_0", 160, 0, bytes.size()), potluck::ModelError);

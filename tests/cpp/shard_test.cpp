@@ -41,8 +41,8 @@ TEST(logits_vary_and_are_finite) {
 TEST(threads_chunks_and_tables_change_no_bit) {
   const auto tokens = TokensOf(200);
   const auto expected = RunSession(Made(1), tokens, 200);
-  for (const size_t threads : {1, 2, 3, 4}) {
-    for (const size_t chunk : {1, 7, 64, 200}) {
+  for (const size_t threads : {1u, 2u, 3u, 4u}) {
+    for (const size_t chunk : {1u, 7u, 64u, 200u}) {
       CHECK(SameBits(RunSession(Made(threads), tokens, chunk), expected));
     }
   }
@@ -78,7 +78,7 @@ TEST(neighbours_in_a_batch_change_no_bit) {
   while (at[0] < 90 || at[1] < 70 || at[2] < 50) {
     std::vector<RowSpan> rows;
     std::vector<int32_t> ids;
-    for (const size_t i : {2, 0, 1}) {
+    for (const size_t i : {2u, 0u, 1u}) {
       const size_t left = tokens[i]->size() - at[i];
       const size_t n = std::min<size_t>(left, random() % 3 != 0 ? random() % 3 : random() % 20);
       if (n == 0) continue;
@@ -110,7 +110,7 @@ TEST(only_wanted_rows_get_logits) {
 TEST(a_model_in_two_shards_is_the_model_in_one) {
   const auto tokens = TokensOf(77);
   const auto expected = RunSession(Made(2), tokens, 20);
-  for (const size_t cut : {1, 2, 3}) {
+  for (const size_t cut : {1u, 2u, 3u}) {
     const Made first(1, {0, cut, true, false, kKvBytes, 64});
     const Made second(2, {cut, kLayers, false, true, kKvBytes, 64});
     first->Open(5, 77);
@@ -135,7 +135,7 @@ TEST(pages_in_any_order_and_used_before_change_no_bit) {
     made->Open(session, 60);
     Run(made, {{session, 0, 60, 0}}, TokensOf(60, static_cast<uint32_t>(session)));
   }
-  for (const uint64_t session : {13, 10, 17, 12, 19}) made->Close(session);
+  for (const uint64_t session : {13u, 10u, 17u, 12u, 19u}) made->Close(session);
   CHECK(SameBits(RunSession(made, tokens, 50), expected));
 }
 
@@ -144,7 +144,7 @@ TEST(truncate_and_replay_give_the_same_bits) {
   const auto expected = RunSession(Made(1), tokens, 120);
   const Made made(2);
   RunSession(made, tokens, 31);
-  for (const size_t position : {119, 64, 63, 17, 0}) {
+  for (const size_t position : {119u, 64u, 63u, 17u, 0u}) {
     made->Truncate(1, position);
     CHECK_EQ(made->Length(1), position);
     const size_t n = 120 - position;
@@ -173,6 +173,8 @@ TEST(a_fork_goes_on_as_its_origin_and_parts_without_a_trace) {
   CHECK_THROWS(made->Fork(1, 2, 100), potluck::SessionError);
   CHECK_THROWS(made->Fork(1, 3, 99), potluck::SessionError);
   CHECK_THROWS(made->Fork(8, 3, 99), potluck::UnknownSession);
+  CHECK_THROWS(made->Fork(1, 3, potluck::kMostPositions + 1), potluck::UsageError);
+  CHECK_THROWS(made->Open(3, potluck::kMostPositions + 1), potluck::UsageError);
 }
 
 TEST(steps_that_do_not_fit_are_refused_and_change_nothing) {
@@ -204,8 +206,8 @@ TEST(values_that_are_not_finite_are_refused_with_layer_and_session) {
   const Made made(2, {1, 3, false, false, kKvBytes, 64});
   made->Open(7, 64);
   made->Open(8, 64);
-  for (const size_t n : {1, 3, 9, 40}) {
-    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+  for (const size_t n : {1u, 3u, 9u, 40u}) {
+    for (const float bad : {NAN, INFINITY, -INFINITY, 2e19f, -3e38f}) {  // the last two: squared
       auto x = weights::Activations(n + 2, 64, 3);
       std::vector<float> out(x.size());
       x[(n + 1) * 64 + 17] = bad;
