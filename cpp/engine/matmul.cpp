@@ -9,11 +9,11 @@ namespace {
 constexpr size_t kScratchBytes = size_t{64} * 1024;
 
 // Index of the group that holds a row of the batch.
-size_t GroupOf(size_t row, size_t rows) {
-  if (rows <= kNarrowRows) return 0;
-  const size_t full = FullGroups(rows);
-  if (row < full * kTileRows) return row / kTileRows;
-  return full + (row - full * kTileRows) / (kTileRows - 1);
+size_t GroupOf(Grain grain, size_t row, size_t rows) {
+  const size_t least = rows / GroupCount(grain, rows);
+  const size_t n_long = LongGroups(grain, rows);
+  const size_t in_long = n_long * (least + 1);
+  return row < in_long ? row / (least + 1) : n_long + (row - in_long) / least;
 }
 
 }  // namespace
@@ -42,7 +42,7 @@ bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t s
                  size_t k, size_t first, size_t last, uint8_t* dst) {
   bool finite = true;
   for (size_t row = first; row < last; ++row) {
-    const RowGroup group = GroupAt(grain, rows, k, GroupOf(row, rows));
+    const RowGroup group = GroupAt(grain, rows, k, GroupOf(grain, row, rows));
     finite &= table.prepare(grain, x + row * stride, k, group, row - group.first, dst);
   }
   return finite;

@@ -134,8 +134,8 @@ void CheckCase(const Case& c, const std::vector<size_t>& batches,
   }
 }
 
-const std::vector<size_t> kBatches = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
-                                      13, 14, 15, 16, 17, 18, 19, 20, 33, 64, 130};
+const std::vector<size_t> kBatches = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13,
+                                      14, 15, 16, 17, 18, 20, 33, 64, 65, 66, 67, 130};
 
 }  // namespace
 
@@ -162,9 +162,10 @@ TEST(ManyPanelsAndAnOddLastOneHaveTheSameBits) {
 
 // Saturation hides from random data.
 TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
-  const size_t k = 512, rows = 13;
+  const size_t k = 512;
   const auto sign = [](bool is_negative) { return is_negative ? -1.0f : 1.0f; };
   for (int pattern = 0; pattern < 10; ++pattern) {
+    const size_t rows = pattern < 6 ? 66 : 13;  // enough for tiles of many rows
     std::vector<float> x = weights::Activations(rows, k, 5);
     for (size_t i = 0; i < x.size(); ++i) {
       const size_t j = i % k;
@@ -184,7 +185,8 @@ TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
       for (const int byte : {-1, 0x00, 0xff, 0x80, 0x7f, 0xf0, 0x0f}) {
         const Case c = {
             type, 40, k, rows, weights::FileBytes(type, 40, k, 6, Scales::kRandom, byte), x};
-        CheckCase(c, {1, 2, 5, 8, 13}, {3, 5});  // tiles of 1, 2 and 4 panels and what they leave
+        CheckCase(c, {1, 2, 5, 8, 13, rows},
+                  {3, 5});  // tiles of 1, 2 and 4 panels and what they leave
       }
     }
   }
@@ -216,10 +218,10 @@ TEST(ExtremeScalesHaveTheSameBits) {
                               Scales::kLargest, Scales::kNegative}) {
     for (const WeightType type : kAllTypes) {
       for (const float size : {1e-30f, 1.0f, 1e30f}) {
-        std::vector<float> x = weights::Activations(13, 512, 7);
+        std::vector<float> x = weights::Activations(66, 512, 7);
         for (float& value : x) value *= size;
-        const Case c = {type, 40, 512, 13, weights::FileBytes(type, 40, 512, 8, scales), x};
-        CheckCase(c, {1, 4, 7, 13}, {3, 5});
+        const Case c = {type, 40, 512, 66, weights::FileBytes(type, 40, 512, 8, scales), x};
+        CheckCase(c, {1, 4, 7, 13, 66}, {3, 5});
       }
     }
   }
@@ -229,7 +231,7 @@ TEST(RowsPreparedByGroupsEqualRowsPreparedAtOnce) {
   const size_t k = 512;
   for (const MatMulTable* table : Tables()) {
     for (const Grain grain : {Grain::kFloat, Grain::kBlock32, Grain::kBlock256}) {
-      for (const size_t rows : {1u, 3u, 8u, 9u, 10u, 13u, 23u}) {
+      for (const size_t rows : {1u, 3u, 8u, 9u, 10u, 13u, 23u, 64u, 65u, 70u}) {
         const std::vector<float> x = weights::Activations(rows, k + 5, 9);
         const Buffer once = Allocate(PreparedBytes(grain, rows, k));
         const Buffer parts = Allocate(PreparedBytes(grain, rows, k));

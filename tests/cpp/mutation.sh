@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the kernels with one deliberate defect each and expects matmul_test to notice it in every
-# kernel that has it: narrow ones (M 1, M 2) and tiles of many rows (M 13), type by type.
+# kernel that has it: narrow ones (M 1, M 2) and tiles of many rows (M 66), type by type.
 #
 # usage: tests/cpp/mutation.sh BUILD_FOLDER
 set -eu
@@ -11,10 +11,10 @@ build=${1:?usage: mutation.sh BUILD_FOLDER}
 # are int32: neither can be too deep by one.
 expected() {
   case $1 in
-  depth) echo "avx2 q4_1 1, avx2 q4_1 13, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
+  depth) echo "avx2 q4_1 1, avx2 q4_1 66, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
   seed)
-    echo "avx2 q4_0 1, avx2 q4_0 13, avx2 q6_k 1, avx2 q6_k 13, avx512vnni q4_0 2," \
-      "avx512vnni q4_0 13, avx512vnni q8_0 2, avx512vnni q8_0 13"
+    echo "avx2 q4_0 1, avx2 q4_0 66, avx2 q6_k 1, avx2 q6_k 13, avx512vnni q4_0 2," \
+      "avx512vnni q4_0 66, avx512vnni q8_0 2, avx512vnni q8_0 66"
     ;;
   clamp) echo "avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
   esac

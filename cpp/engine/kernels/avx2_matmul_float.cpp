@@ -74,7 +74,7 @@ void MultiplyGroup(const uint8_t* panels, size_t panel_bytes, size_t k, const ui
 template <class Type, size_t P>
 void MultiplyRows(const uint8_t* panels, size_t panel_bytes, const PreparedRows& x, float* out,
                   size_t out_stride) {
-  for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+  for (size_t index = 0; index < GroupCount(x.grain, x.rows); ++index) {
     const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
     MultiplyGroup<Type, P>(panels, panel_bytes, x.k, x.data, group, out + group.first * out_stride,
                            out_stride);

@@ -261,7 +261,7 @@ template <bool kHasMin>
 void MultiplyPair(const PanelShape& shape, const uint8_t* panels, size_t panel_bytes,
                   const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch) {
   constexpr size_t kBandGroups = kBandRows / kTileRows;
-  const size_t groups = GroupCount(x.rows);
+  const size_t groups = GroupCount(x.grain, x.rows);
   for (size_t first = 0; first < groups; first += kBandGroups) {
     const size_t last = first + kBandGroups < groups ? first + kBandGroups : groups;
     MultiplyBand<kHasMin>(shape, panels, panel_bytes, x, first, last, out, out_stride,
@@ -275,14 +275,14 @@ void MultiplyPanels(const uint8_t* panels, size_t n_panels, const PreparedRows& 
   const PanelShape shape = ShapeOf<kHasMin>(x.k);
   const size_t panel_bytes = shape.blocks / shape.record_blocks * shape.record_bytes;
   size_t p = 0;
-  if (x.rows > kNarrowRows) {
+  if (x.rows > kFewRows) {
     for (; p + 2 <= n_panels; p += 2) {
       MultiplyPair<kHasMin>(shape, panels + p * panel_bytes, panel_bytes, x, out + 8 * p,
                             out_stride, scratch);
     }
   }
   for (; p < n_panels; ++p) {
-    for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+    for (size_t index = 0; index < GroupCount(x.grain, x.rows); ++index) {
       const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
       MultiplyGroup<kHasMin>(shape, panels + p * panel_bytes, x.data, group,
                              out + group.first * out_stride + 8 * p, out_stride);

@@ -134,7 +134,7 @@ void MultiplyQ6K(WeightType /*type*/, const uint8_t* panels, size_t n_panels, co
                  float* out, size_t out_stride, uint8_t* /*scratch*/) {
   const size_t panel_bytes = x.k / 256 * kRecordBytes;
   for (size_t p = 0; p < n_panels; ++p) {
-    for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+    for (size_t index = 0; index < GroupCount(x.grain, x.rows); ++index) {
       const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
       MultiplyGroup(panels + p * panel_bytes, x.k, x.data, group,
                     out + group.first * out_stride + 8 * p, out_stride);

@@ -170,7 +170,7 @@ size_t MultiplyAll(const uint8_t* panels, size_t n_panels, const PreparedRows& x
                    size_t out_stride, uint8_t* scratch) {
   constexpr size_t kBandGroups = kBandRows / kTileRows;
   const PanelShape shape = ShapeOf<Type>(x.k);
-  const size_t groups = GroupCount(x.rows);
+  const size_t groups = GroupCount(x.grain, x.rows);
   size_t p = 0;
   for (; p + 4 <= n_panels; p += 4) {
     for (size_t first = 0; first < groups; first += kBandGroups) {

@@ -19,7 +19,7 @@ void MultiplyBlocks(WeightType type, const uint8_t* panels, size_t n_panels, con
   // 5).
   if (x.rows == 1) return MultiplyByAvx2(type, panels, n_panels, x, out, out_stride, scratch);
   size_t p = 0;
-  if (x.rows > kNarrowRows) {
+  if (x.rows > kFewRows) {
     p = avx512vnni::MultiplyFours(type, panels, n_panels, x, out, out_stride, scratch);
   }
   p = avx512vnni::MultiplyTwos(type, panels, p, n_panels, x, out, out_stride);

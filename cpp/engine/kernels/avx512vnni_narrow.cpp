@@ -158,7 +158,7 @@ size_t MultiplyAll(const uint8_t* panels, size_t p, size_t n_panels, const Prepa
                    float* out, size_t out_stride) {
   const PanelShape shape = ShapeOf<Type>(x.k);
   for (; p + 2 <= n_panels; p += 2) {
-    for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+    for (size_t index = 0; index < GroupCount(x.grain, x.rows); ++index) {
       const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
       MultiplyGroup<Type>(shape, panels + p * shape.panel_bytes, x.data, group,
                           out + group.first * out_stride + 8 * p, out_stride);

@@ -167,7 +167,7 @@ void MultiplyPanel(WeightType type, const uint8_t* panel, const PreparedRows& x,
   }
   for (size_t b = 0; b < x.k / values; ++b) {
     ReadPanelBlock(type, panel, x.k, b, block);
-    for (size_t index = 0; index < GroupCount(x.rows); ++index) {
+    for (size_t index = 0; index < GroupCount(x.grain, x.rows); ++index) {
       RowReader row = {x.data, GroupAt(x.grain, x.rows, x.k, index), 0};
       for (; row.lane < row.group.rows; ++row.lane) {
         float* acc = out + (row.group.first + row.lane) * out_stride;
