@@ -40,9 +40,8 @@ bool Activations::Begin(Step& step, const Rows& rows,
     }
   }
   if (!is_shared) return true;
-  const size_t n_groups = (rows.n_rows + kPrepareGroup - 1) / kPrepareGroup;
-  return step.Run(n_groups, 1, [&](size_t, size_t first, size_t last) {
-    Prepare(step, first * kPrepareGroup, std::min(last * kPrepareGroup, rows_.n_rows), &shared_);
+  return step.Run(PartCount(rows.n_rows), 1, [&](size_t, size_t first, size_t last) {
+    Prepare(step, FirstOfPart(rows_.n_rows, first), FirstOfPart(rows_.n_rows, last), &shared_);
   });
 }
 

@@ -27,7 +27,7 @@ struct Rows {
 
 class Activations {
  public:
-  static constexpr size_t kOwnRows = kPrepareGroup;
+  static constexpr size_t kOwnRows = kPartRows;
 
   Activations(const KernelTable& kernels, float norm_eps, size_t threads);
 

@@ -1,5 +1,7 @@
 #include "engine/matmul.h"
 
+#include <algorithm>
+
 #include "engine/kernels/matmul_table.h"
 
 namespace potluck {
@@ -36,6 +38,14 @@ Grain GrainOf(WeightType type) {
 
 size_t PreparedBytes(Grain grain, size_t rows, size_t k) {
   return (rows * PreparedWords(grain, k) * 4 + 63) / 64 * 64;
+}
+
+// As the groups of kBlock32 and kBlock256, unless there are many rows.
+size_t PartCount(size_t rows) { return (rows + kPartRows - 1) / kPartRows; }
+
+size_t FirstOfPart(size_t rows, size_t part) {
+  const size_t least = rows / PartCount(rows);
+  return part * least + std::min(part, rows % PartCount(rows));
 }
 
 bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t stride, size_t rows,

@@ -31,13 +31,16 @@ struct PreparedRows {
 };
 size_t PreparedBytes(Grain grain, size_t rows, size_t k);
 
-// Rows are prepared in groups of this many, so that threads can share the work.
-constexpr size_t kPrepareGroup = 4;
+// Threads share the preparing of rows by parts of at most kPartRows: part i is the rows
+// [FirstOfPart(rows, i), FirstOfPart(rows, i + 1)), i < PartCount(rows). Rows of one part may lie
+// side by side in memory, word by word: two threads would take the cache lines from each other.
+constexpr size_t kPartRows = 8;
+size_t PartCount(size_t rows);
+size_t FirstOfPart(size_t rows, size_t part);
 
 // Prepares rows [first, last) of x ([rows, k], row r at x + r * stride) into dst, the buffer of all
-// `rows` rows. first is a multiple of kPrepareGroup, last is too or equals rows. False: a value is
-// NaN or infinite. Source of the arithmetic: canonical arithmetic, step 1
-// (kernels/scalar_matmul.cpp).
+// `rows` rows; each row once. False: a value is NaN or infinite. Source of the arithmetic:
+// canonical arithmetic, step 1 (kernels/scalar_matmul.cpp).
 bool PrepareRows(const MatMulTable& table, Grain grain, const float* x, size_t stride, size_t rows,
                  size_t k, size_t first, size_t last, uint8_t* dst);
 

@@ -52,9 +52,9 @@ void MultiplyFileRows(Pool& pool, const KernelTable& kernels, WeightType type, s
   Buffer<uint8_t> prepared;
   prepared.Reserve(PreparedBytes(grain, batch, cols));
   std::atomic<bool> is_finite{true};
-  pool.Run(CeilDiv(batch, kPrepareGroup), 1, [&](size_t, size_t first, size_t last) {
-    if (!PrepareRows(*kernels.matmul, grain, x, cols, batch, cols, first * kPrepareGroup,
-                     std::min(batch, last * kPrepareGroup), prepared.data()))
+  pool.Run(PartCount(batch), 1, [&](size_t, size_t first, size_t last) {
+    if (!PrepareRows(*kernels.matmul, grain, x, cols, batch, cols, FirstOfPart(batch, first),
+                     FirstOfPart(batch, last), prepared.data()))
       is_finite.store(false, std::memory_order_relaxed);
   });
   if (!is_finite.load(std::memory_order_relaxed)) throw FrameError("x: a value is NaN or infinite");

@@ -227,7 +227,7 @@ TEST(ExtremeScalesHaveTheSameBits) {
   }
 }
 
-TEST(RowsPreparedByGroupsEqualRowsPreparedAtOnce) {
+TEST(RowsPreparedByPartsEqualRowsPreparedAtOnce) {
   const size_t k = 512;
   for (const MatMulTable* table : Tables()) {
     for (const Grain grain : {Grain::kFloat, Grain::kBlock32, Grain::kBlock256}) {
@@ -236,10 +236,15 @@ TEST(RowsPreparedByGroupsEqualRowsPreparedAtOnce) {
         const Buffer once = Allocate(PreparedBytes(grain, rows, k));
         const Buffer parts = Allocate(PreparedBytes(grain, rows, k));
         CHECK(PrepareRows(*table, grain, x.data(), k + 5, rows, k, 0, rows, once.get()));
-        for (size_t first = 0; first < rows; first += kPrepareGroup) {
-          const size_t last = std::min(rows, first + kPrepareGroup);
+        size_t first = 0;
+        for (size_t part = 0; part < PartCount(rows); ++part) {
+          CHECK_EQ(FirstOfPart(rows, part), first);
+          const size_t last = FirstOfPart(rows, part + 1);
+          CHECK(first < last && last - first <= kPartRows);
           CHECK(PrepareRows(*table, grain, x.data(), k + 5, rows, k, first, last, parts.get()));
+          first = last;
         }
+        CHECK_EQ(first, rows);
         CHECK(std::memcmp(once.get(), parts.get(), PreparedBytes(grain, rows, k)) == 0);
       }
     }
