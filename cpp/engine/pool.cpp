@@ -29,7 +29,8 @@ constexpr std::chrono::microseconds kSpin{80};
 // With more threads than CPUs, one that spins keeps another from working.
 constexpr std::chrono::microseconds kSpinIfCrowded{5};
 // So long a CPU is kept from others; then each look gives way to whoever else wants to run. Two
-// processes of two threads on two CPUs do twice as much, three a third more; one alone loses nothing.
+// processes of two threads on two CPUs do twice as much, three a third more; one alone loses
+// nothing.
 constexpr std::chrono::microseconds kUnyielding{5};
 constexpr int kLooksPerClock = 32;  // reading the clock costs about as much as this many looks
 
