@@ -12,8 +12,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from potluck.errors import Cancelled, PotluckError, StepError, UsageError
 from potluck.plan import Span
 from potluck.rpc import PROTOCOL, options, status
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2, worker_pb2_grpc
+from worker.engine_thread import EngineThread
 from worker.kv import KvBudget
 from worker.link import Link
 from worker.probe import Machine, Memory
@@ -57,7 +57,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self.n_steps = 0  # of earlier stages
         self._engine = engine_
         self._tasks = tasks
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = EngineThread()
         self._stage: Stage | None = None
         self._model: types_pb2.ModelReference | None = None
         self._fence = 0  # newest epoch that a coordinator gave us
@@ -111,8 +111,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
                 else:
                     failure = await stage.receive(step, received_at)
                 ack = worker_pb2.StepAck(epoch=step.epoch, step=step.step, failure=failure)
-                ack.held_seconds = time.perf_counter() - received_at
-                await stream.write(ack)
+                moment = stage.may_acknowledge if stage and failure is None else None
+                await stream.acknowledge(ack, received_at, moment)
                 if stage is not None:
                     await stage.has_room()
         finally:
@@ -215,7 +215,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """Ends the stage, and a load at its next matrix; then nothing runs in the engine thread."""
         self._is_closing = True
         await self._drop_stage()
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._thread.close)
 
     async def _load(
         self, request: worker_pb2.LoadRequest
@@ -254,7 +254,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             shard = before
         else:
             if before is not None:  # its memory goes back before the new one's is taken
-                await asyncio.get_running_loop().run_in_executor(self._thread, before.free)
+                await self._thread.run(before.free)
             shard.check_memory((await asyncio.to_thread(self.memory.now)).free_bytes)
             async with contextlib.aclosing(self._fill(shard)) as progress:
                 async for message in progress:
@@ -288,7 +288,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             loop.call_soon_threadsafe(progress.put_nowait, (done_bytes, matrix))
 
         self.is_loading = True
-        loading = loop.run_in_executor(self._thread, shard.load, on_progress)
+        loading = self._thread.run(shard.load, on_progress)
         loading.add_done_callback(lambda _: progress.put_nowait(None))
         try:
             while (news := await progress.get()) is not None:
@@ -313,7 +313,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     def _pass_back(self, ack: worker_pb2.StepAck) -> None:
         """To the previous stage, over every stream that is open: old ones end by themselves."""
         for stream in self._streams:
-            self._tasks.create_task(stream.write(ack), name="failure")
+            self._tasks.create_task(stream.tell(ack), name="failure")
 
     def _not_loaded(self) -> types_pb2.Failure:
         code = types_pb2.FAILURE_CODE_NOT_LOADED
@@ -327,13 +327,30 @@ class _AckStream:
         self._context = context
         self._lock = asyncio.Lock()  # gRPC takes one write at a time
 
-    async def write(self, ack: worker_pb2.StepAck) -> None:
-        """Nobody may listen any more: then there is nobody to tell."""
+    async def acknowledge(
+        self,
+        ack: worker_pb2.StepAck,
+        received_at: float,
+        moment: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        """Waits for the moment and writes; a failure of the same step does not overtake it."""
         async with self._lock:
-            try:
-                await self._context.write(ack)
-            except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as e:
-                log.debug("an acknowledgement found no reader: %s", e)
+            if moment is not None:
+                await moment()
+            ack.held_seconds = time.perf_counter() - received_at
+            await self._write(ack)
+
+    async def tell(self, failure: worker_pb2.StepAck) -> None:
+        """Writes what comes back unasked."""
+        async with self._lock:
+            await self._write(failure)
+
+    async def _write(self, ack: worker_pb2.StepAck) -> None:
+        try:
+            await self._context.write(ack)
+        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as e:
+            # Nobody listens any more: then there is nobody to tell.
+            log.debug("an acknowledgement found no reader: %s", e)
 
 
 def hello() -> types_pb2.Hello:

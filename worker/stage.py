@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from potluck.rpc import status
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2
 from potluck.sampling import Pick
 from potluck.wire import Hidden
+from worker.engine_thread import EngineThread
 from worker.link import Link, Message
 from worker.sessions import Sessions, StepWork
 from worker.shard import Shard, StepOutput
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Received and not yet computed; the coordinator has one more in flight than there are stages.
 INCOMING_STEPS = 16
+# How long an acknowledgement may wait for the step itself; its sender waits 10 s.
+ACK_DELAY_SECONDS = 0.001
 # Checking a larger activation takes over 0.1 ms: not on the event loop.
 _LARGE_BYTES = 256 * 1024
 _FOREVER = 2**64
@@ -66,7 +68,7 @@ class Stage:
         sessions: Sessions,
         link: Link,
         wire_type: types_pb2.ActivationType.ValueType,
-        thread: Executor,
+        thread: EngineThread,
         tell: Callable[[worker_pb2.StepAck], None],
     ) -> None:
         self.epoch = epoch
@@ -82,6 +84,7 @@ class Stage:
         self._remembered = Remembered[Message]()
         self._incoming: asyncio.Queue[_Arrived] = asyncio.Queue()
         self._taken = asyncio.Event()
+        self._sent = asyncio.Event()
         self._running: tuple[int, StepWork] | None = None  # epoch and work that is in the engine
         self._task: asyncio.Task[None] | None = None
 
@@ -106,7 +109,7 @@ class Stage:
     async def free_sessions(self) -> None:
         """Closes all sessions, here and in the engine."""
         closed = self.sessions.clear()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.shard.close, closed)
+        await self._thread.run(self.shard.close, closed)
 
     def flush(self, epoch: int, sessions: Iterable[int]) -> None:
         """Makes rows of steps below `epoch` stale, and stops the engine if it runs nothing else."""
@@ -136,6 +139,20 @@ class Stage:
         seconds = time.perf_counter() - received_at
         self._incoming.put_nowait(_Arrived(step, arrival, hidden, received_at, seconds))
         return None
+
+    async def may_acknowledge(self) -> None:
+        """Returns when an acknowledgement holds up no step: at once while the engine computes, else
+        when the step just received has been sent on, or after ACK_DELAY_SECONDS.
+
+        Writing one takes 0.1 ms of this process's Python, which the engine thread needs to begin
+        and the link to send. Acknowledging first cost 0.06 ms a stage.
+        """
+        if self._running is not None:
+            return
+        self._sent.clear()
+        timer = asyncio.get_running_loop().call_later(ACK_DELAY_SECONDS, self._sent.set)
+        await self._sent.wait()
+        timer.cancel()
 
     async def has_room(self) -> None:
         """Returns when another step may be received: a slow stage slows the one before it."""
@@ -197,8 +214,8 @@ class Stage:
         work = self.sessions.decide(step)
         self._running = (epoch, work)
         try:
-            output, message, activation_bytes = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._run_step, arrived, work
+            output, message, activation_bytes = await self._thread.run(
+                self._run_step, arrived, work
             )
         finally:
             self._running = None
@@ -209,6 +226,7 @@ class Stage:
         if arrived.arrival is Arrival.NEXT:
             self._remembered.keep(epoch, number, message, message.ByteSize())
         await self.link.send(message, activation_bytes)
+        self._sent.set()
 
     def _run_step(self, arrived: _Arrived, work: StepWork) -> tuple[StepOutput, Message, int]:
         """The engine thread's part: compute, then write the message; its activation's bytes."""
