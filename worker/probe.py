@@ -6,33 +6,13 @@ without swapping, what the cgroup has left and what the person allowed. Linux.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from potluck import catalogue
-
-BANDWIDTH_BYTES = 96 * 2**20  # beyond most caches, within the margin of a worker; over in 0.1 s
-
-
-class Engine(Protocol):
-    """What the probe asks of potluck.engine.Engine."""
-
-    @property
-    def isa(self) -> str:
-        """Chosen kernel table."""
-
-    @property
-    def threads(self) -> int:
-        """Of the pool."""
-
-    def read_bandwidth(self, size_bytes: int = ..., rounds: int = ...) -> float:
-        """Bytes/s that all threads together read."""
+from worker.bandwidth import Engine, read_bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,36 +81,16 @@ _MEMORY_FILES = (
 
 
 def machine_of(engine: Engine, free_bytes: int, root: Path = Path("/")) -> Machine:
-    """Measures; takes 0.1 s. `free_bytes` bounds the buffer that the bandwidth is measured over."""
-    least = 2**20 * engine.threads  # that the engine measures over
-    size_bytes = max(least, min(BANDWIDTH_BYTES, free_bytes // 4))
-    with _alone_here():
-        read_bytes_per_second = engine.read_bandwidth(size_bytes, 3)
+    """Measures; see worker/bandwidth.py for the time that takes and for `free_bytes`."""
+    name = platform.node() or "unnamed"
     return Machine(
-        name=platform.node() or "unnamed",
+        name=name,
         platform=f"{platform.system().lower()} {platform.machine()}",
         cores=cores(root),
         threads=engine.threads,
         isa=engine.isa,
-        read_bytes_per_second=read_bytes_per_second,
+        read_bytes_per_second=read_bandwidth(engine, free_bytes, name),
     )
-
-
-@contextlib.contextmanager
-def _alone_here() -> Iterator[None]:
-    """Workers of one machine measure one after another.
-
-    At once each would see a share that chance gives it: 15, 28 and 50 GB/s for three equal ones
-    (2-core Zen 5), and the plan would take them for unlike machines. Without a writable cache they
-    measure all the same.
-    """
-    with contextlib.ExitStack() as opened:
-        with contextlib.suppress(OSError):
-            folder = catalogue.cache_folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = opened.enter_context((folder / "probe.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def cores(root: Path = Path("/")) -> int:
