@@ -17,7 +17,7 @@ from pathlib import Path
 
 from potluck import engine
 
-TYPES = ("q4_0", "q4_1", "q8_0", "q6_k", "f16")
+TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "f16")
 BATCHES = (1, 2, 4, 8, 16, 64, 512)
 
 

@@ -85,9 +85,11 @@ py::tuple TupleOf(const std::vector<std::string>& names) { return py::tuple(py::
 
 const TypeInfo& KnownType(const std::string& name) {
   const TypeInfo* info = FindType(name.c_str());
-  if (info == nullptr)
-    throw UsageError("weight type " + name + ": known are f32, f16, bf16, q4_0, q4_1, q8_0, q6_k");
-  return *info;
+  if (info != nullptr) return *info;
+  std::string known;
+  for (size_t i = 0; i < kTypeCount; ++i)
+    known += (i == 0 ? "" : ", ") + std::string(AllTypes()[i].name);
+  throw UsageError("weight type " + name + ": known are " + known);
 }
 
 void ExpOf(const py::buffer& values, const py::buffer& out) {

@@ -17,7 +17,10 @@ from potluck.gguf import GgufFile, TensorInfo
 from potluck.plan import Span
 
 # The engine's weight types; KERNELS section 2 has their layouts. Norms are always f32.
-WEIGHT_TYPES = ("f32", "f16", "bf16", "q4_0", "q4_1", "q8_0", "q6_k")
+WEIGHT_TYPES = (
+    *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+)
 ARCHITECTURES = ("llama",)
 KV_PAGE_TOKENS = 16  # positions of one session in one page of the KV
 

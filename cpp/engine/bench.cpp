@@ -33,9 +33,6 @@ Buffer Allocate(size_t bytes) {
   return buffer;
 }
 
-// Where a block of the file's layout holds its f16 scale; its other bytes may be anything.
-size_t ScaleOffset(WeightType type) { return type == WeightType::kQ6_K ? 208 : 0; }
-
 // One panel of random codes with modest scales.
 void FillPanel(WeightType type, size_t k, std::mt19937& random, uint8_t* panel) {
   const TypeInfo& info = InfoOf(type);
@@ -51,7 +48,7 @@ void FillPanel(WeightType type, size_t k, std::mt19937& random, uint8_t* panel) 
     } else {
       std::memcpy(&file[at + ScaleOffset(type)], &half, sizeof half);
     }
-    if (type == WeightType::kQ4_1) std::memcpy(&file[at + 2], &half, sizeof half);
+    if (HasMin(type)) std::memcpy(&file[at + ScaleOffset(type) + 2], &half, sizeof half);
   }
   const uint8_t* rows[kPanelRows];
   for (size_t r = 0; r < kPanelRows; ++r) rows[r] = file.data() + r * RowBytes(type, k);

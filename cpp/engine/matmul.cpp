@@ -21,19 +21,14 @@ size_t GroupOf(Grain grain, size_t row, size_t rows) {
 }  // namespace
 
 Grain GrainOf(WeightType type) {
-  switch (type) {
-    case WeightType::kF32:
-    case WeightType::kF16:
-    case WeightType::kBF16:
-      return Grain::kFloat;
-    case WeightType::kQ4_0:
-    case WeightType::kQ4_1:
-    case WeightType::kQ8_0:
+  switch (InfoOf(type).block_values) {
+    case 32:
       return Grain::kBlock32;
-    case WeightType::kQ6_K:
+    case 256:
       return Grain::kBlock256;
+    default:
+      return Grain::kFloat;
   }
-  return Grain::kFloat;
 }
 
 size_t PreparedBytes(Grain grain, size_t rows, size_t k) {

@@ -17,8 +17,8 @@ struct MatMulTable;  // kernels/matmul_table.h: the inner loops of one ISA
 // How activations are prepared for a weight type.
 enum class Grain {
   kFloat,     // f32 as they are: F32, F16, BF16 weights
-  kBlock32,   // int8 codes and scale per 32 values: Q4_0, Q4_1, Q8_0
-  kBlock256,  // int8 codes and scale per 256 values: Q6_K
+  kBlock32,   // int8 codes and scale per 32 values: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+  kBlock256,  // int8 codes and scale per 256 values: K types
 };
 Grain GrainOf(WeightType type);
 

@@ -2,14 +2,28 @@
 // file's blocks.
 //
 // A panel is read from start to end by one thread; row r of the panel is lane r of every vector. It
-// is a run of records, and a record is g blocks of each row, scales first (f16, [g][8] each). g =
-// RecordBlocks(k): 4, 2 or 1.
-//   Q4_0   d[g][8], codes [g][4][32]       vector v, byte 4r+i: low nibble k = 4v+i, high nibble k
-//   = 16+4v+i Q4_1   d[g][8], m[g][8], codes as Q4_0 Q8_0   d[g][8], codes [g][8][32]       vector
-//   v, byte 4r+i: k = 4v+i Q6_K   one superblock of 256 a record: d[8], scales i8 [16][8], then 8
-//   times (32 values): nibbles [4][32] as Q4_0,
-//          tops [2][32]; vector t, byte 4r+i, bits 2j, 2j+1: bits 4, 5 of k = 16t+4j+i
-//   F32, F16, BF16   [k][8]
+// is a run of records. Codes come in vectors of 32 bytes, byte 4r+i being row r, and 32 values of
+// 8 rows are a run of them:
+//   nibbles [4]  vector v: low nibble k = 4v+i, high nibble k = 16+4v+i
+//   twos    [2]  vector t, bits 2j and 2j+1: k = 16t+4j+i
+//   plane   [1]  bit g: k = 4g+i
+//   bytes   [8]  vector g: k = 4g+i
+//
+// Blocks of 32: a record is g blocks of each row, g = RecordBlocks(k), scales (f16, [g][8]) first.
+//   Q4_0   d, then nibbles               Q4_1   d, m, then nibbles
+//   Q5_0   d, then nibbles, plane        Q5_1   d, m, then nibbles, plane     (bit 4 in the plane)
+//   Q8_0   d, then bytes
+// Blocks of 256: a record is one block of each row: d f16 [8], dmin f16 [8] if there are mins, the
+// fields of scales, then 8 runs.
+//   Q2_K   dmin; scale and min of a sub-block of 16 as nibbles of a byte [16][8]; twos
+//   Q3_K   scales of 6 bits: bytes [8][8], low nibble of sub-block s in the low half, of s+8 in the
+//          high half; then bytes [4][8], bits 2(s/4) and up of byte s%4 the top two bits; twos,
+//          plane (bit 2)
+//   Q4_K   dmin; sub-blocks of 32: bytes [8][8], low nibbles of scale and min; then bytes [4][8],
+//          nibble s/4 of byte s%4 the top two bits of the scale, then of the min; nibbles
+//   Q5_K   as Q4_K, and a plane (bit 4)
+//   Q6_K   scales i8 [16][8]; nibbles, twos (bits 4 and 5; docs/decisions/0010)
+// F32, F16, BF16   [k][8]
 #pragma once
 
 #include <cstddef>
@@ -38,13 +52,18 @@ PackResult PackPanel(WeightType type, const uint8_t* const rows[kPanelRows], siz
 // package dequantizes.
 void UnpackRow(WeightType type, const uint8_t* panel, size_t row, size_t k, float* out);
 
-// One block of all 8 rows, decoded; for the scalar kernels and UnpackRow.
+// One block of all 8 rows, decoded; for the scalar kernels and UnpackRow. Sub-blocks have 16
+// values: two share the scale of a type whose scales are for 32.
 struct PanelBlock {
-  int8_t codes[kPanelRows][256];  // less the centre (Q4_0 8, Q6_K 32)
-  int8_t scales[kPanelRows][16];  // Q6_K
+  int8_t codes[kPanelRows][256];  // less the centre (Q4_0 8, Q5_0 16, Q3_K 4, Q6_K 32)
+  int8_t scales[kPanelRows][16];  // K types; Q3_K less 32
+  int8_t mins[kPanelRows][16];    // Q2_K, Q4_K, Q5_K
   float d[kPanelRows];            // float types: the value itself
-  float m[kPanelRows];            // Q4_1
+  float m[kPanelRows];            // Q4_1, Q5_1; dmin of Q2_K, Q4_K, Q5_K
 };
 void ReadPanelBlock(WeightType type, const uint8_t* panel, size_t k, size_t block, PanelBlock& out);
+
+// Whether a value is scale * code + min (blocks of 32) or scale * code - min (K types).
+bool HasMin(WeightType type);
 
 }  // namespace potluck

@@ -6,10 +6,13 @@ namespace potluck {
 namespace {
 
 // Source: the block structs of GGUF; sizes in bytes are those of the file.
-constexpr TypeInfo kTypes[] = {
-    {WeightType::kF32, "f32", 1, 4},     {WeightType::kF16, "f16", 1, 2},
-    {WeightType::kQ4_0, "q4_0", 32, 18}, {WeightType::kQ4_1, "q4_1", 32, 20},
-    {WeightType::kQ8_0, "q8_0", 32, 34}, {WeightType::kQ6_K, "q6_k", 256, 210},
+constexpr TypeInfo kTypes[kTypeCount] = {
+    {WeightType::kF32, "f32", 1, 4},       {WeightType::kF16, "f16", 1, 2},
+    {WeightType::kQ4_0, "q4_0", 32, 18},   {WeightType::kQ4_1, "q4_1", 32, 20},
+    {WeightType::kQ5_0, "q5_0", 32, 22},   {WeightType::kQ5_1, "q5_1", 32, 24},
+    {WeightType::kQ8_0, "q8_0", 32, 34},   {WeightType::kQ2_K, "q2_k", 256, 84},
+    {WeightType::kQ3_K, "q3_k", 256, 110}, {WeightType::kQ4_K, "q4_k", 256, 144},
+    {WeightType::kQ5_K, "q5_k", 256, 176}, {WeightType::kQ6_K, "q6_k", 256, 210},
     {WeightType::kBF16, "bf16", 1, 2},
 };
 
@@ -20,6 +23,8 @@ float FloatOfBits(uint32_t bits) {
 }
 
 }  // namespace
+
+const TypeInfo* AllTypes() { return kTypes; }
 
 const TypeInfo* FindType(const char* name) {
   for (const TypeInfo& info : kTypes) {
@@ -34,6 +39,19 @@ const TypeInfo& InfoOf(WeightType type) {
     if (info.type == type) found = &info;
   }
   return *found;
+}
+
+size_t ScaleOffset(WeightType type) {
+  switch (type) {
+    case WeightType::kQ2_K:
+      return 80;
+    case WeightType::kQ3_K:
+      return 108;
+    case WeightType::kQ6_K:
+      return 208;
+    default:
+      return 0;
+  }
 }
 
 size_t RowBytes(WeightType type, size_t k) {

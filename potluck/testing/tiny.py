@@ -20,7 +20,7 @@ from potluck.testing.writer import Metadata, Tensor, write_gguf
 
 @dataclass(frozen=True, slots=True)
 class TinyShape:
-    """What a tiny model is. Columns must be multiples of the block of their types: 32, q6_k 256."""
+    """What a tiny model is. Columns must be multiples of the block of their types: 32, or 256."""
 
     weight_type: str = "q4_0"
     dim: int = 64

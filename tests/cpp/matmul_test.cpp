@@ -82,7 +82,7 @@ bool IsPartOf(const std::vector<float>& out, size_t rows, size_t columns, size_t
 }
 
 std::vector<size_t> WidthsOf(WeightType type) {
-  if (type == WeightType::kQ6_K) return {256, 512, 768, 4096, 11008};
+  if (InfoOf(type).block_values == 256) return {256, 512, 768, 4096, 11008};
   return {32, 64, 96, 160, 256, 512, 576, 640, 672, 4096, 11008};
 }
 
@@ -295,7 +295,7 @@ TEST(NanAndInfinityAreNoticed) {
 // and a mean error about 0, which shows a wrong min or centre that NMSE hides.
 TEST(TheAnswerIsNearTheTruth) {
   for (const WeightType type : kAllTypes) {
-    const size_t n = 256, k = type == WeightType::kQ6_K ? 512 : 576, rows = 8;
+    const size_t n = 256, k = InfoOf(type).block_values == 256 ? 512 : 576, rows = 8;
     const std::vector<uint8_t> packed =
         weights::Pack(type, weights::FileBytes(type, n, k, 12), n, k);
     std::vector<float> x = weights::Activations(rows, k, 13);

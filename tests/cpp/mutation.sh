@@ -7,16 +7,23 @@ set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${1:?usage: mutation.sh BUILD_FOLDER}
 
-# Table, type and M that must fail. Centred sums of 4 bits (q4_0) hold twice the depth, and VNNI sums
-# are int32: neither can be too deep by one.
+# Table, type and M that must fail. Centred sums of 4 bits (q4_0) and uncentred ones of 2 and 3 hold
+# twice the depth, and VNNI sums are int32: none of these can be too deep by one.
 expected() {
   case $1 in
-  depth) echo "avx2 q4_1 1, avx2 q4_1 66, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
-  seed)
-    echo "avx2 q4_0 1, avx2 q4_0 66, avx2 q6_k 1, avx2 q6_k 13, avx512vnni q4_0 2," \
-      "avx512vnni q4_0 66, avx512vnni q8_0 2, avx512vnni q8_0 66"
+  depth)
+    for kernel in "q4_1 1" "q4_1 66" "q5_0 1" "q5_0 66" "q5_1 1" "q8_0 1" "q8_0 13" "q4_k 1" "q4_k 66" "q5_k 1" \
+      "q5_k 66" "q6_k 1" "q6_k 66"; do
+      echo "avx2 $kernel,"
+    done
     ;;
-  clamp) echo "avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 13" ;;
+  seed)
+    for kernel in "q4_0 1" "q4_0 66" "q5_0 1" "q5_0 66" "q5_1 1" "q5_1 66" "q3_k 1" "q3_k 66" "q6_k 1" "q6_k 66"; do
+      echo "avx2 $kernel,"
+    done
+    echo "avx512vnni q4_0 2, avx512vnni q4_0 66, avx512vnni q8_0 2, avx512vnni q8_0 66"
+    ;;
+  clamp) echo "avx2 q5_0 1, avx2 q5_0 66, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 66" ;;
   esac
 }
 
@@ -30,7 +37,7 @@ for mutation in depth seed clamp; do
   }
   "$folder/matmul_test" > "$folder/test.log" 2>&1 || true
   noticed=0
-  for kernel in $(expected "$mutation" | sed 's/, */,/g; s/ /:/g' | tr ',' ' '); do
+  for kernel in $(expected "$mutation" | sed 's/, */,/g; s/ /:/g' | tr ',\n' '  '); do
     table=${kernel%%:*}
     rest=${kernel#*:}
     grep -q "^tried $table\$" "$folder/test.log" || continue # this CPU lacks it

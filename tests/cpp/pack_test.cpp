@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "check.h"
 #include "weights.h"
@@ -15,6 +16,45 @@ float HalfAt(const uint8_t* at) {
   uint16_t half = 0;
   std::memcpy(&half, at, sizeof half);
   return HalfToFloat(half);
+}
+
+// Scale and min of 6 bits of sub-block j of Q4_K and Q5_K.
+std::pair<int, int> SixBits(const uint8_t* s, size_t j) {
+  if (j < 4) return {s[j] & 63, s[j + 4] & 63};
+  return {(s[j + 4] & 15) | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4};
+}
+
+// Value j of a block of 256.
+float ValueOfK(WeightType type, const uint8_t* block, size_t j) {
+  const size_t half = j / 128, l = j % 32, run = j % 128 / 32;
+  const float d = HalfAt(block + ScaleOffset(type));
+  const float dmin = HasMin(type) ? HalfAt(block + ScaleOffset(type) + 2) : 0.0f;
+  if (type == WeightType::kQ6_K) {
+    const int low = block[half * 64 + run % 2 * 32 + l] >> (run / 2 * 4) & 15;
+    const int top = block[128 + half * 32 + l] >> (2 * run) & 3;
+    const float scale = d * static_cast<float>(static_cast<int8_t>(block[192 + j / 16]));
+    return scale * static_cast<float>((low | top << 4) - 32);
+  }
+  if (type == WeightType::kQ2_K) {
+    const int code = block[16 + 32 * half + l] >> (2 * run) & 3;
+    const float value = d * static_cast<float>(block[j / 16] & 15) * static_cast<float>(code);
+    return value - dmin * static_cast<float>(block[j / 16] >> 4);
+  }
+  if (type == WeightType::kQ3_K) {
+    const uint8_t* s = block + 96;
+    const size_t sub = j / 16;
+    const int low = sub < 8 ? s[sub] & 15 : s[sub - 8] >> 4;
+    const int scale = (low | (s[8 + sub % 4] >> (2 * (sub / 4)) & 3) << 4) - 32;
+    const bool is_high = (block[l] >> (4 * half + run) & 1) != 0;
+    const int code = (block[32 + 32 * half + l] >> (2 * run) & 3) - (is_high ? 0 : 4);
+    return d * static_cast<float>(scale) * static_cast<float>(code);
+  }
+  const bool has_fifth = type == WeightType::kQ5_K;
+  const auto [scale, min] = SixBits(block + 4, j / 32);
+  int code = block[(has_fifth ? 48 : 16) + j / 64 * 32 + l] >> (j % 64 / 32 * 4) & 15;
+  if (has_fifth) code |= (block[16 + l] >> (j / 32) & 1) << 4;
+  const float value = d * static_cast<float>(scale) * static_cast<float>(code);
+  return value - dmin * static_cast<float>(min);
 }
 
 // A row of the file as floats, written from the block layouts alone; each operation rounds once.
@@ -37,20 +77,21 @@ std::vector<float> Dequantized(WeightType type, const uint8_t* row, size_t k) {
     }
     if (type == WeightType::kQ8_0)
       out[i] = static_cast<float>(static_cast<int8_t>(block[2 + j])) * HalfAt(block);
-    if (type == WeightType::kQ6_K) {
-      const size_t half = j / 128, l = j % 32, run = j % 128 / 32;
-      const int low = block[half * 64 + run % 2 * 32 + l] >> (run / 2 * 4) & 15;
-      const int top = block[128 + half * 32 + l] >> (2 * run) & 3;
-      const float scale =
-          HalfAt(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + j / 16]));
-      out[i] = scale * static_cast<float>((low | top << 4) - 32);
+    if (type == WeightType::kQ5_0 || type == WeightType::kQ5_1) {
+      const bool has_min = type == WeightType::kQ5_1;
+      const uint8_t* tops = block + (has_min ? 4 : 2);
+      const int low = tops[4 + j % 16] >> (j / 16 * 4) & 15;
+      const int code = low | (tops[j / 8] >> (j % 8) & 1) << 4;
+      out[i] = static_cast<float>(has_min ? code : code - 16) * HalfAt(block);
+      if (has_min) out[i] += HalfAt(block + 2);
     }
+    if (InfoOf(type).block_values == 256) out[i] = ValueOfK(type, block, j);
   }
   return out;
 }
 
 std::vector<size_t> WidthsOf(WeightType type) {
-  if (type == WeightType::kQ6_K) return {256, 512, 4096};
+  if (InfoOf(type).block_values == 256) return {256, 512, 4096};
   return {32, 64, 96, 160, 256, 576, 4096};
 }
 
@@ -88,6 +129,8 @@ TEST(PanelsTakeTheBytesOfTheFile) {
   CHECK_EQ(PanelBytes(WeightType::kQ4_1, 128), 640u);
   CHECK_EQ(PanelBytes(WeightType::kQ8_0, 128), 1088u);
   CHECK_EQ(PanelBytes(WeightType::kQ6_K, 256), 1680u);
+  CHECK_EQ(PanelBytes(WeightType::kQ4_K, 256), 1152u);
+  CHECK_EQ(PanelBytes(WeightType::kQ2_K, 256), 672u);
   for (const WeightType type : kAllTypes) {
     CHECK_EQ(PackedBytes(type, 24, 256), 24 * RowBytes(type, 256));
     CHECK_EQ(PackedBytes(type, 17, 256), 24 * RowBytes(type, 256));
@@ -112,7 +155,7 @@ TEST(TheLastPanelIsPaddedWithZeros) {
 TEST(ScalesThatAreNotFiniteAreRefused) {
   for (const WeightType type : kAllTypes) {
     const TypeInfo& info = InfoOf(type);
-    const size_t exponent_byte = type == WeightType::kF32 ? 2 : type == WeightType::kQ6_K ? 208 : 0;
+    const size_t exponent_byte = type == WeightType::kF32 ? 2 : ScaleOffset(type);
     const uint16_t patterns[] = {0x7f80, 0xff80, 0x7fc1, 0x7c00, 0xfc00, 0x7e01};
     const bool is_wide = type == WeightType::kF32 || type == WeightType::kBF16;
     for (size_t i = 0; i < 3; ++i) {

@@ -15,9 +15,10 @@ namespace weights {
 
 using potluck::WeightType;
 
-constexpr WeightType kAllTypes[] = {WeightType::kF32,  WeightType::kF16,  WeightType::kBF16,
-                                    WeightType::kQ4_0, WeightType::kQ4_1, WeightType::kQ8_0,
-                                    WeightType::kQ6_K};
+constexpr WeightType kAllTypes[] = {
+    WeightType::kF32,  WeightType::kF16,  WeightType::kBF16, WeightType::kQ4_0, WeightType::kQ4_1,
+    WeightType::kQ5_0, WeightType::kQ5_1, WeightType::kQ8_0, WeightType::kQ2_K, WeightType::kQ3_K,
+    WeightType::kQ4_K, WeightType::kQ5_K, WeightType::kQ6_K};
 
 enum class Scales { kRandom, kZero, kNegativeZero, kSubnormal, kLargest, kNegative };
 
@@ -59,12 +60,12 @@ inline std::vector<uint8_t> FileBytes(WeightType type, size_t n, size_t k, uint3
     const float d = ScaleOf(scales, random);
     if (type == WeightType::kF32) std::memcpy(block, &d, sizeof d);
     if (type == WeightType::kBF16) std::memcpy(block, reinterpret_cast<const uint8_t*>(&d) + 2, 2);
-    if (type == WeightType::kQ6_K) {
-      PutHalf(block + 208, d);
-    } else if (type != WeightType::kF32 && type != WeightType::kBF16) {
-      PutHalf(block, d);
-    }
-    if (type == WeightType::kQ4_1) PutHalf(block + 2, -7.5f * d);
+    if (type == WeightType::kF32 || type == WeightType::kBF16) continue;
+    PutHalf(block + potluck::ScaleOffset(type), d);
+    if (!potluck::HasMin(type)) continue;
+    const float largest_code = type == WeightType::kQ5_1 ? 31.0f : 15.0f;
+    const float min = info.block_values == 32 ? -0.5f * largest_code * d : 1.5f * d;
+    PutHalf(block + potluck::ScaleOffset(type) + 2, std::abs(min) > 65504.0f ? d : min);
   }
   return bytes;
 }

@@ -18,8 +18,12 @@ from potluck.model import WEIGHT_TYPES
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-QUANTIZED = ("q4_0", "q4_1", "q8_0", "q6_k")
-K_OF = {"q6_k": (256, 512, 1024)}  # others: short, of two blocks a record, of four, long
+FLOATS = ("f32", "f16", "bf16")
+QUANTIZED = tuple(t for t in WEIGHT_TYPES if t not in FLOATS)
+K_TYPES = tuple(t for t in QUANTIZED if BY_NAME[t].values == 256)
+K_OF = dict.fromkeys(K_TYPES, (256, 512, 1024))  # others: short, two blocks a record, four, long
+SCALE_AT = {"q2_k": 80, "q3_k": 108, "q6_k": 208}  # others: 0
+MINS_OF = {"q4_1": -7.5, "q5_1": -15.5, "q2_k": 1.5, "q4_k": 7.5, "q5_k": 15.5}  # of d
 BATCHES = (1, 2, 3, 4, 5, 8, 9, 13, 33, 70)
 
 # Normalized mean squared error that 8-bit activations cost; ggml's own limit is 5e-4. A range, so
@@ -51,10 +55,11 @@ def random_rows(type_name: str, rows: int, cols: int, seed: int) -> U8:
 def with_scales(type_name: str, blocks: U8, scales: npt.NDArray[np.float64]) -> U8:
     """Rows [rows, bytes] of blocks [rows, n_blocks, bytes], their f16 scale fields replaced."""
     halves = scales.astype(np.float16)[..., None].view(np.uint8)
-    at = 208 if type_name == "q6_k" else 0
+    at = SCALE_AT.get(type_name, 0)
     blocks[..., at : at + 2] = halves
-    if type_name == "q4_1":
-        blocks[..., 2:4] = (-3 * scales).astype(np.float16)[..., None].view(np.uint8)
+    if type_name in MINS_OF:
+        mins = (MINS_OF[type_name] * scales).astype(np.float16)
+        blocks[..., at + 2 : at + 4] = mins[..., None].view(np.uint8)
     return blocks.reshape(blocks.shape[0], -1)
 
 
@@ -168,8 +173,8 @@ def test_strange_scales_are_the_same_everywhere(
     rng = np.random.default_rng(9)
     blocks = rng.integers(0, 256, (16, 512 // layout.values, layout.size_bytes), dtype=np.uint8)
     scales = rng.choice([0.0, -0.0, 6e-8, -6e-8, 6e-5, 65504.0, -65504.0], blocks.shape[:2])
-    if type_name == "q4_1":
-        scales = np.clip(scales, -2e4, 2e4)  # three times that is the min
+    if type_name in MINS_OF:
+        scales = np.clip(scales, -4e3, 4e3)  # up to sixteen times that is the min
     weights = with_scales(type_name, blocks, scales)
     x = rng.normal(0, 1, (5, 512)).astype(np.float32)
     assert_equal_on_every_isa(engines, type_name, weights, x)

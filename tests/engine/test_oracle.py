@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from potluck import blocks, engine, gguf
+from potluck.blocks import BY_NAME
 from potluck.model import WEIGHT_TYPES, config_of
 from potluck.testing import Oracle, TinyShape, dequantize, quantize, write_tiny
 from potluck.testing.oracle import rounded_to_int8
@@ -35,7 +36,7 @@ ODD = replace(GROUPED, dim=50, head_dim=10, ffn_dim=33)  # floats only: no block
 
 
 def shapes_of(type_name: str) -> list[TinyShape]:
-    if type_name == "q6_k":
+    if BY_NAME[type_name].values == 256:
         shapes = [
             replace(GROUPED, dim=256, ffn_dim=512, n_heads=4, head_dim=64),
             replace(UNGROUPED, dim=256, ffn_dim=512, n_heads=8, n_kv_heads=8, head_dim=32),

@@ -11,12 +11,17 @@ namespace avx2 {
 // One translation unit each; MatMulTable's prepare, and its multiply for some weight types.
 bool Prepare(Grain grain, const float* x, size_t k, const RowGroup& group, size_t lane,
              uint8_t* dst);
-void MultiplyQ4(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
-                float* out, size_t out_stride, uint8_t* scratch);
+void MultiplyBlock32(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+                     float* out, size_t out_stride, uint8_t* scratch);
 void MultiplyQ8(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                 float* out, size_t out_stride, uint8_t* scratch);
-void MultiplyQ6K(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
-                 float* out, size_t out_stride, uint8_t* scratch);
+void MultiplyK(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+               float* out, size_t out_stride, uint8_t* scratch);
+// Pairs of panels for more than kFewRows rows; both return the first panel that they left out.
+size_t MultiplyBlock32Pairs(WeightType type, const uint8_t* panels, size_t n_panels,
+                            const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
+size_t MultiplyKPairs(WeightType type, const uint8_t* panels, size_t n_panels,
+                      const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 void MultiplyFloat(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                    float* out, size_t out_stride, uint8_t* scratch);
 
@@ -79,11 +84,6 @@ namespace {
   return _mm256_madd_epi16(sum, factors);
 }
 #endif
-
-// Pairs of int16 lanes, summed, as floats.
-[[maybe_unused]] inline __m256 PairsToFloat(__m256i sum) {
-  return _mm256_cvtepi32_ps(WidenPairs(sum, _mm256_set1_epi16(1)));
-}
 
 }  // namespace
 }  // namespace avx2

@@ -125,11 +125,17 @@ bool PrepareBlocks256(const float* x, size_t k, Places to) {
     for (size_t i = 0; i < 8; ++i, x += 32) {
       const __m256i codes = Quantize32(x, r);  // r = 0: zeros
       PutCodes(to.codes, to.step, codes);
-      const __m256i seeds = _mm256_mullo_epi16(PairSums(codes), _mm256_set1_epi16(-32));
+      const __m256i pairs = PairSums(codes);
+      const __m256i seeds = _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-32));
+      const __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+      const int even = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
+      const int odd = _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1));
+      PutWord(to.sums, 0, (even & 0xffff) | static_cast<int>(static_cast<unsigned>(odd) << 16));
       PutWord(to.seeds, 0, _mm_cvtsi128_si32(_mm256_castsi256_si128(seeds)));
       PutWord(to.seeds, to.step, _mm_cvtsi128_si32(_mm256_extracti128_si256(seeds, 1)));
       to.codes += 32 * to.step;
       to.seeds += 8 * to.step;
+      to.sums += 4 * to.step;
     }
   }
   return true;

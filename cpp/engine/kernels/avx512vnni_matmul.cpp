@@ -8,9 +8,7 @@ namespace {
 
 void MultiplyByAvx2(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                     float* out, size_t out_stride, uint8_t* scratch) {
-  if (type == WeightType::kQ8_0)
-    return avx2::MultiplyQ8(type, panels, n_panels, x, out, out_stride, scratch);
-  avx2::MultiplyQ4(type, panels, n_panels, x, out, out_stride, scratch);
+  Avx2MatMulTable()->multiply(type, panels, n_panels, x, out, out_stride, scratch);
 }
 
 void MultiplyBlocks(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
@@ -35,12 +33,8 @@ void Multiply(WeightType type, const uint8_t* panels, size_t n_panels, const Pre
     case WeightType::kQ4_1:
     case WeightType::kQ8_0:
       return MultiplyBlocks(type, panels, n_panels, x, out, out_stride, scratch);
-    case WeightType::kQ6_K:
-      return avx2::MultiplyQ6K(type, panels, n_panels, x, out, out_stride, scratch);
-    case WeightType::kF32:
-    case WeightType::kF16:
-    case WeightType::kBF16:
-      return avx2::MultiplyFloat(type, panels, n_panels, x, out, out_stride, scratch);
+    default:
+      return MultiplyByAvx2(type, panels, n_panels, x, out, out_stride, scratch);
   }
 }
 

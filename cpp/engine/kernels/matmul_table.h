@@ -19,15 +19,17 @@ constexpr size_t kFewRows = 64;
 
 // Prepared rows lie in groups. The `rows` rows of a group are interleaved by words of 4 bytes: word
 // j of row i stands at word [j * rows + i] of each array. They are as few as hold at most 8 rows
-// each, or 4 where kernels have tiles for that: kBlock32 beyond kFewRows, kFloat beyond 8. And they
-// are nearly equal, so that none is nearly empty (9 = 5+4; ik_llama.cpp #71). Arrays are byte
+// each, or 4 where kernels have tiles for that: beyond kFewRows, kFloat beyond 8. And they are
+// nearly equal, so that none is nearly empty (9 = 5+4; ik_llama.cpp #71). Arrays are byte
 // offsets into the buffer of all rows.
 struct RowGroup {
   size_t first;   // row of the batch
   size_t rows;    // 1..8
   size_t codes;   // [k/4] words of four int8 codes; kFloat: [k] words, f32
   size_t scales;  // f32 d; kBlock32: [k/32]; kBlock256: [k/256]
-  size_t sums;    // kBlock32: f32 d * (sum of the block's codes), [k/32]
+  // kBlock32: f32 d * (sum of the block's codes), [k/32]; kBlock256: sums of the codes of two
+  // sub-blocks of 16 as a pair of int16, [k/32].
+  size_t sums;
   // Starts of the kernels' int16 sums: (-c*S01, -c*S23) as a pair of int16, S01 being the sum of
   // the codes with k mod 4 in {0, 1}, S23 of the others. kBlock32: c = 8, [k/32]; kBlock256: c =
   // 32, [k/16].
@@ -39,13 +41,12 @@ namespace {
 // Words of 4 bytes that one prepared row takes.
 [[maybe_unused]] inline size_t PreparedWords(Grain grain, size_t k) {
   if (grain == Grain::kFloat) return k;
-  return grain == Grain::kBlock32 ? k / 4 + 3 * (k / 32) : k / 4 + k / 256 + k / 16;
+  return grain == Grain::kBlock32 ? k / 4 + 3 * (k / 32) : k / 4 + k / 256 + k / 32 + k / 16;
 }
 
 [[maybe_unused]] inline size_t GroupCount(Grain grain, size_t rows) {
   const size_t few = grain == Grain::kFloat ? kNarrowRows : kFewRows;
-  const bool has_tiles = grain != Grain::kBlock256 && rows > few;
-  const size_t most = has_tiles ? kTileRows : kNarrowRows;
+  const size_t most = rows > few ? kTileRows : kNarrowRows;
   return (rows + most - 1) / most;
 }
 
@@ -62,9 +63,8 @@ namespace {
   group.first = index * least + (index < n_long ? index : n_long);
   group.codes = group.first * PreparedWords(grain, k) * 4;
   group.scales = group.codes + k * group.rows;
-  group.sums = group.scales + k / 32 * group.rows * 4;
+  group.sums = group.scales + k / (grain == Grain::kBlock256 ? 256 : 32) * group.rows * 4;
   group.seeds = group.sums + k / 32 * group.rows * 4;
-  if (grain == Grain::kBlock256) group.seeds = group.scales + k / 256 * group.rows * 4;
   return group;
 }
 

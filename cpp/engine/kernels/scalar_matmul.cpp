@@ -9,8 +9,9 @@
 // 2. Blocks of 32, k rising: isum = exact dot of the codes less their centre; acc = fma(isum, dw *
 // da, acc); with a min
 //    then acc = fma(mw, da * f32(S), acc), S the sum of the block's activation codes.
-// 3. Q6_K, 256 values: isum = sum over its 16 sub-blocks of scale * dot; acc = fma(f32(isum), dw *
-// da, acc).
+// 3. K types, 256 values: isum = sum over its 16 sub-blocks of scale * dot, codes and scales less
+// their centres; acc = fma(f32(isum), dw * da, acc); with mins then isum = sum of min * S, S the
+// sum of the sub-block's activation codes, and acc = fma(f32(isum), -(dmin * da), acc).
 // 4. Float weights: acc = fma(w, x, acc), k rising, activations unrounded.
 #include <cmath>
 #include <cstring>
@@ -109,9 +110,11 @@ bool Prepare(Grain grain, const float* x, size_t k, const RowGroup& group, size_
       PutWord(dst + group.seeds, b * group.rows + lane, seed);
       continue;
     }
+    int16_t sums[2] = {0, 0};
     for (size_t s = 0; s < 16; ++s) {
-      Sums(codes + 16 * s, 16, 32, seed);
+      sums[s % 2] = static_cast<int16_t>(Sums(codes + 16 * s, 16, 32, seed));
       PutWord(dst + group.seeds, (b * 16 + s) * group.rows + lane, seed);
+      if (s % 2 == 1) PutWord(dst + group.sums, (b * 8 + s / 2) * group.rows + lane, sums);
     }
   }
   return true;
@@ -144,14 +147,22 @@ float AddBlock32(const PanelBlock& w, size_t r, const RowReader& x, size_t block
   return has_min ? std::fmaf(w.m[r], x.Float(x.group.sums, block), acc) : acc;
 }
 
-float AddBlock256(const PanelBlock& w, size_t r, const RowReader& x, size_t block, float acc) {
-  int sum = 0;
+float AddBlock256(const PanelBlock& w, size_t r, const RowReader& x, size_t block, bool has_min,
+                  float acc) {
+  int sum = 0, mins = 0;
   for (size_t s = 0; s < 16; ++s) {
-    int dot = 0;
-    for (size_t i = 16 * s; i < 16 * s + 16; ++i) dot += w.codes[r][i] * x.Code(256 * block + i);
+    int dot = 0, of_codes = 0;
+    for (size_t i = 16 * s; i < 16 * s + 16; ++i) {
+      const int code = x.Code(256 * block + i);
+      dot += w.codes[r][i] * code;
+      of_codes += code;
+    }
     sum += w.scales[r][s] * dot;
+    mins += w.mins[r][s] * of_codes;
   }
-  return std::fmaf(static_cast<float>(sum), w.d[r] * x.Float(x.group.scales, block), acc);
+  const float da = x.Float(x.group.scales, block);
+  acc = std::fmaf(static_cast<float>(sum), w.d[r] * da, acc);
+  return has_min ? std::fmaf(static_cast<float>(mins), -(w.m[r] * da), acc) : acc;
 }
 
 float AddFloat(float w, const RowReader& x, size_t i, float acc) {
@@ -175,9 +186,9 @@ void MultiplyPanel(WeightType type, const uint8_t* panel, const PreparedRows& x,
           if (x.grain == Grain::kFloat) {
             acc[r] = AddFloat(block.d[r], row, b, acc[r]);
           } else if (x.grain == Grain::kBlock32) {
-            acc[r] = AddBlock32(block, r, row, b, type == WeightType::kQ4_1, acc[r]);
+            acc[r] = AddBlock32(block, r, row, b, HasMin(type), acc[r]);
           } else {
-            acc[r] = AddBlock256(block, r, row, b, acc[r]);
+            acc[r] = AddBlock256(block, r, row, b, HasMin(type), acc[r]);
           }
         }
       }
