@@ -1,8 +1,6 @@
 // Many rows on AVX-512 VNNI: tiles of 4 rows of activations and 32 rows of weights (4 panels).
-//
-// dpbusd adds four products of unsigned and signed bytes to an int32, so there is no depth to
-// watch; 8 sums and 8 running outputs stay in registers over a chunk of K.
-#include "engine/kernels/avx512vnni_matmul.h"
+// 8 sums and 8 running outputs stay in registers over a chunk of K.
+#include "engine/kernels/avx512vnni_block32_types.h"
 
 namespace potluck {
 namespace avx512vnni {
@@ -28,53 +26,34 @@ Chunk ChunkIn(uint8_t* scratch) {
   return {scratch, d, m, m + kChunkBlocks * kTileRowsOfWeights};
 }
 
-inline __m256i Load32(const uint8_t* at) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+template <int G, class Type>
+inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to) {
+  _mm512_storeu_si512(to + 128 * G, Codes<G>(type, run, apart));
 }
 
-inline void Store32(uint8_t* at, __m256i bytes) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), bytes);
-}
-
-// 32 values of 8 rows to bytes, 4 values of k every 128 bytes.
-inline void UnpackCodes(Q8_0 /*type*/, const uint8_t* codes, uint8_t* to) {
-  for (size_t v = 0; v < 8; ++v) {
-    Store32(to + 128 * v, _mm256_xor_si256(Load32(codes + 32 * v), _mm256_set1_epi8(-128)));
-  }
-}
-
-inline void UnpackNibbles(const uint8_t* codes, uint8_t* to) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (size_t v = 0; v < 4; ++v) {
-    const __m256i both = Load32(codes + 32 * v);
-    Store32(to + 128 * v, _mm256_and_si256(both, low));
-    Store32(to + 128 * (v + 4), _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
-  }
-}
-inline void UnpackCodes(Q4_0 /*type*/, const uint8_t* codes, uint8_t* to) {
-  UnpackNibbles(codes, to);
-}
-inline void UnpackCodes(Q4_1 /*type*/, const uint8_t* codes, uint8_t* to) {
-  UnpackNibbles(codes, to);
-}
-
-inline void UnpackScales(const uint8_t* halves, float* to) {
-  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
-}
-
-// Blocks [first, last) of one of the 4 panels.
+// Blocks [first, last) of two of the 4 panels, sides `side` and `side` + 1.
 template <class Type>
 void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t last, size_t side,
             const Chunk& chunk) {
-  const size_t g = shape.record_blocks;
+  constexpr Type type;
+  const size_t g = shape.record_blocks, apart = shape.panel_bytes;
   for (size_t b = first; b < last; ++b) {
     const uint8_t* record = panel + b / g * shape.record_bytes;
     const uint8_t* d = record + b % g * kScaleBytes;
-    UnpackCodes(Type(), record + shape.codes_offset + b % g * Type::kCodeBytes,
-                chunk.codes + (b - first) * kUnpackedBlock + 32 * side);
+    const uint8_t* run = record + shape.codes_offset + b % g * Type::kRunBytes;
+    uint8_t* to = chunk.codes + (b - first) * kUnpackedBlock + 32 * side;
+    UnpackWord<0>(type, run, apart, to);
+    UnpackWord<1>(type, run, apart, to);
+    UnpackWord<2>(type, run, apart, to);
+    UnpackWord<3>(type, run, apart, to);
+    UnpackWord<4>(type, run, apart, to);
+    UnpackWord<5>(type, run, apart, to);
+    UnpackWord<6>(type, run, apart, to);
+    UnpackWord<7>(type, run, apart, to);
     const size_t at = (b - first) * kTileRowsOfWeights + 8 * side;
-    UnpackScales(d, chunk.d + at);
-    if (Type::kHasMin) UnpackScales(d + kScaleBytes * g, chunk.m + at);
+    _mm512_storeu_ps(chunk.d + at, LoadTwoScales(d, d + apart));
+    const uint8_t* m = d + kScaleBytes * g;
+    if (Type::kHasMin) _mm512_storeu_ps(chunk.m + at, LoadTwoScales(m, m + apart));
   }
 }
 
@@ -141,7 +120,7 @@ void MultiplyBand(const PanelShape& shape, const uint8_t* panels, const Prepared
   __builtin_memset(chunk.sums, 0, (last_group - first_group) * kTileRows * 32 * sizeof(float));
   for (size_t first = 0; first < shape.blocks; first += kChunkBlocks) {
     const size_t last = first + kChunkBlocks < shape.blocks ? first + kChunkBlocks : shape.blocks;
-    for (size_t side = 0; side < 4; ++side) {
+    for (size_t side = 0; side < 4; side += 2) {
       Unpack<Type>(shape, panels + side * shape.panel_bytes, first, last, side, chunk);
     }
     float* c = chunk.sums;
@@ -186,11 +165,18 @@ size_t MultiplyAll(const uint8_t* panels, size_t n_panels, const PreparedRows& x
 
 size_t MultiplyFours(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                      float* out, size_t out_stride, uint8_t* scratch) {
-  if (type == WeightType::kQ4_0)
-    return MultiplyAll<Q4_0>(panels, n_panels, x, out, out_stride, scratch);
-  if (type == WeightType::kQ4_1)
-    return MultiplyAll<Q4_1>(panels, n_panels, x, out, out_stride, scratch);
-  return MultiplyAll<Q8_0>(panels, n_panels, x, out, out_stride, scratch);
+  switch (type) {
+    case WeightType::kQ4_0:
+      return MultiplyAll<Q4_0>(panels, n_panels, x, out, out_stride, scratch);
+    case WeightType::kQ4_1:
+      return MultiplyAll<Q4_1>(panels, n_panels, x, out, out_stride, scratch);
+    case WeightType::kQ5_0:
+      return MultiplyAll<Q5_0>(panels, n_panels, x, out, out_stride, scratch);
+    case WeightType::kQ5_1:
+      return MultiplyAll<Q5_1>(panels, n_panels, x, out, out_stride, scratch);
+    default:
+      return MultiplyAll<Q8_0>(panels, n_panels, x, out, out_stride, scratch);
+  }
 }
 
 }  // namespace avx512vnni
