@@ -1,60 +1,124 @@
-"""One engine measured: what was run, how long each run took, and the figures that follow.
+"""What `bench` measures: the tests of a grid, and the figures that follow from their times.
 
-Field names of the JSON are llama-bench's. Every figure has its ceiling beside it: the bandwidth
-at which memory was read in the same run.
+Pure: nothing here runs or reads a clock. Every figure has its ceiling beside it, the bandwidth at
+which memory was read in the same run.
 """
 
 from __future__ import annotations
 
-import platform
+import re
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from potluck import __version__
-from potluck.model import EMBEDDING, ModelConfig
-
-if TYPE_CHECKING:
-    from potluck.engine import Engine, Shard
-    from potluck.gguf import GgufFile, TensorInfo
+from potluck.errors import UsageError
+from potluck.gguf import TensorInfo
+from potluck.model import EMBEDDING, KV_PAGE_TOKENS, ModelConfig, kv_bytes_per_token
+from potluck.plan import Span
 
 CHUNK_ROWS = 512  # rows of a prompt in one step; llama-bench's n_ubatch is the same by default
-SEED = 1
+MOST_SESSIONS = 256  # of one engine
+_NAME = re.compile(r"(?:pp(\d{1,7}))?\+?(?:tg(\d{1,7}))?(?:x(\d{1,7}))?(?:@d(\d{1,7}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """ "pp" (a prompt) or "tg" (generation) of n_tokens, for n_rows sessions at once."""
+    """Some sessions at once that each read a prompt, then make tokens one by one.
 
-    kind: str
-    n_tokens: int
-    n_rows: int
+    Each holds n_depth positions before, which take no part in the time. Raises UsageError.
+    """
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int = 0
+    n_sessions: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.n_prompt, self.n_gen, self.n_depth) < 0 or self.n_prompt + self.n_gen == 0:
+            counts = f"{self.n_prompt} read, {self.n_gen} made, {self.n_depth} before"
+            raise UsageError(f"a test of {counts}; expected one token or more")
+        if not 1 <= self.n_sessions <= MOST_SESSIONS:
+            raise UsageError(f"{self.n_sessions} sessions at once; expected 1 to {MOST_SESSIONS}")
+
+    @classmethod
+    def named(cls, text: str) -> Test:
+        """The test of a name: "pp512", "tg128x4", "pp512+tg128@d4096". Raises UsageError."""
+        found = _NAME.fullmatch(text)
+        if not found or not (found[1] or found[2]):
+            raise UsageError(f"{text!r} names no test; expected one such as pp512 or tg64x4@d4096")
+        return cls(int(found[1] or 0), int(found[2] or 0), int(found[4] or 0), int(found[3] or 1))
 
     @property
     def name(self) -> str:
-        """As llama-bench names it: pp512, tg128; with "x4" for four sessions at once."""
-        return f"{self.kind}{self.n_tokens}" + (f"x{self.n_rows}" if self.n_rows > 1 else "")
+        """As llama-bench names it, and with the sessions: "tg128x4@d4096"."""
+        counts = {"pp": self.n_prompt, "tg": self.n_gen}
+        name = "+".join(f"{kind}{count}" for kind, count in counts.items() if count)
+        name += f"x{self.n_sessions}" if self.n_sessions > 1 else ""
+        return name + (f"@d{self.n_depth}" if self.n_depth else "")
+
+    @property
+    def n_tokens(self) -> int:
+        """That count: read and made, by all sessions."""
+        return (self.n_prompt + self.n_gen) * self.n_sessions
+
+    @property
+    def room(self) -> int:
+        """Positions that each session reaches."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
+
+def grid(
+    prompts: Sequence[int],
+    generations: Sequence[int],
+    both: Sequence[tuple[int, int]],
+    depths: Sequence[int],
+    sessions: Sequence[int],
+) -> list[Test]:
+    """Every combination, each once, in llama-bench's order; a count of 0 leaves a kind out.
+
+    Prompts are read by one session, as more would only read one after the other. Generation and
+    `both` (a prompt, then generation) are measured for one session in any case, so that each count
+    of `sessions` has what it is compared with. Raises UsageError.
+    """
+    counts = [1, *(n for n in sessions if n != 1)]
+    found: list[Test] = []
+    for depth in depths:
+        found += [Test(n, 0, depth) for n in prompts if n]
+        found += [Test(0, n, depth, k) for n in generations if n for k in counts]
+        found += [Test(p, n, depth, k) for p, n in both if p + n for k in counts]
+    return list(dict.fromkeys(found))
+
+
+def rooms(tests: Iterable[Test]) -> list[int]:
+    """Positions that the first, second, ... session needs to take part in all its tests."""
+    needed: list[int] = []
+    for test in tests:
+        needed += [0] * (test.n_sessions - len(needed))
+        for i in range(test.n_sessions):
+            needed[i] = max(needed[i], test.room)
+    return needed
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A whole model in an engine, and what its file says."""
+class Subject:
+    """The whole model that is measured: what its file says."""
 
-    file: GgufFile
+    path: Path
     config: ModelConfig
     tensors: tuple[TensorInfo, ...]
-    engine: Engine
-    shard: Shard
 
     @property
     def weight_bytes(self) -> int:
         """That a decode step reads: layers and head; of an untied embedding only a row."""
         unread = () if self.config.tied_embeddings else (EMBEDDING,)
         return sum(t.size_bytes for t in self.tensors if t.name not in unread)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.size_bytes for t in self.tensors)
 
     @property
     def layer_macs(self) -> int:
@@ -67,15 +131,45 @@ class Loaded:
         return sum(t.rows * t.cols for t in self.tensors)
 
     @property
-    def type_name(self) -> str:
-        """Architecture, size and the type that holds most bytes: "llama 135M Q4_1"."""
+    def weight_type(self) -> str:
+        """The type that holds most bytes of the layers: "Q4_K"."""
         by_type: dict[str, int] = {}
         for t in self.tensors:
-            by_type[t.type_name] = by_type.get(t.type_name, 0) + t.size_bytes
-        most = max(by_type, key=lambda name: by_type[name])
+            if "blk." in t.name:
+                by_type[t.type_name] = by_type.get(t.type_name, 0) + t.size_bytes
+        return max(by_type, key=lambda name: by_type[name]).upper()
+
+    @property
+    def type_name(self) -> str:
+        """Architecture, size and weight type: "llama 135M Q4_1"."""
         n = self.n_params
         params = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.0f}M"
-        return f"{self.config.architecture} {params} {most.upper()}"
+        return f"{self.config.architecture} {params} {self.weight_type}"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one position in all layers."""
+        return kv_bytes_per_token(self.config, Span(0, self.config.n_layers))
+
+    def kv_bytes(self, tests: Iterable[Test]) -> int:
+        """Of whole pages for the sessions of all tests."""
+        pages = sum(-(-room // KV_PAGE_TOKENS) for room in rooms(tests))
+        return pages * KV_PAGE_TOKENS * self.kv_bytes_per_token
+
+    def bytes_read(self, test: Test) -> int:
+        """From memory by the steps of generation: weights once a step, each session's KV so far."""
+        positions = test.n_gen * (test.n_depth + test.n_prompt) + test.n_gen * (test.n_gen + 1) // 2
+        kv = positions * test.n_sessions * self.kv_bytes_per_token
+        return self.weight_bytes * test.n_gen + kv
+
+    def check_context(self, tests: Iterable[Test]) -> None:
+        """Raises UsageError: a test reaches beyond the positions that the model was made for."""
+        for test in tests:
+            if test.room > self.config.context_tokens:
+                reach = f"depth {test.n_depth} and " if test.n_depth else ""
+                tokens = f"{reach}{test.room - test.n_depth} tokens"
+                context = f"the model's context is {self.config.context_tokens}"
+                raise UsageError(f"{test.name}: {tokens}; {context}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,121 +180,25 @@ class Measured:
     seconds: tuple[float, ...]
     read_bandwidth: float  # bytes/s, all threads
     started: datetime
+    isa: str
+    n_threads: int
 
     @property
     def tokens_per_second(self) -> list[float]:
         """Of each run, all sessions together."""
-        return [self.test.n_tokens * self.test.n_rows / s for s in self.seconds]
+        return [self.test.n_tokens / s for s in self.seconds]
 
-    def gb_per_second(self, loaded: Loaded) -> float | None:
-        """Weights read a second in generation: bytes of a step over its mean time. None for pp."""
-        if self.test.kind == "pp":
+    def gb_per_second(self, subject: Subject) -> float | None:
+        """10^9 bytes of weights and KV read a second; None where a prompt was read, too."""
+        if self.test.n_prompt:
             return None
-        return loaded.weight_bytes * self.test.n_tokens / statistics.mean(self.seconds) / 1e9
+        return subject.bytes_read(self.test) / statistics.mean(self.seconds) / 1e9
 
-    def gmac_per_second(self, loaded: Loaded) -> float:
+    def gmac_per_second(self, subject: Subject) -> float:
         """10^9 multiplications a second in the layers' matrices."""
-        rows = self.test.n_tokens * self.test.n_rows
-        return loaded.layer_macs * rows / statistics.mean(self.seconds) / 1e9
-
-    def json_of(self, loaded: Loaded) -> dict[str, object]:
-        """The object of --json."""
-        test, rates = self.test, self.tokens_per_second
-        samples_ns = [round(s * 1e9) for s in self.seconds]
-        rows_a_step = min(CHUNK_ROWS, test.n_tokens) if test.kind == "pp" else test.n_rows
-        return {
-            "build_commit": f"potluck-{__version__}",
-            "build_number": 0,
-            "cpu_info": cpu_name(),
-            "model_filename": str(loaded.file.path),
-            "model_type": loaded.type_name,
-            "model_size": sum(t.size_bytes for t in loaded.tensors),
-            "model_n_params": loaded.n_params,
-            "n_batch": rows_a_step,
-            "n_ubatch": rows_a_step,
-            "n_threads": loaded.engine.threads,
-            "type_k": "f16",
-            "type_v": "f16",
-            "n_prompt": test.n_tokens if test.kind == "pp" else 0,
-            "n_gen": test.n_tokens if test.kind == "tg" else 0,
-            "n_depth": 0,
-            "test_time": self.started.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "avg_ns": round(statistics.mean(samples_ns)),
-            "stddev_ns": round(deviation(samples_ns)),
-            "avg_ts": statistics.mean(rates),
-            "stddev_ts": deviation(rates),
-            "samples_ns": samples_ns,
-            "samples_ts": rates,
-            "isa": loaded.engine.isa,
-            "read_bandwidth": self.read_bandwidth,
-            "gb_per_second": self.gb_per_second(loaded),
-            "gmac_per_second": self.gmac_per_second(loaded),
-        }
+        return subject.layer_macs * self.test.n_tokens / statistics.mean(self.seconds) / 1e9
 
 
-def prompt_run(loaded: Loaded, test: Test) -> Callable[[], float]:
-    """Seconds to read a prompt in chunks; only its last token wants logits, as in real use."""
-    import numpy as np
-
-    from potluck.engine import RowSpan
-
-    shard, n = loaded.shard, test.n_tokens
-    ids = np.random.default_rng(SEED).integers(0, loaded.config.vocab, n, dtype=np.int32)
-    assert n < 2 or len(set(ids.tolist())) > 1  # one repeated token would not be a prompt
-    logits = np.empty((1, loaded.config.vocab), np.float32)
-
-    def once() -> float:
-        shard.open(1, n)
-        started = time.perf_counter()
-        for at in range(0, n, CHUNK_ROWS):
-            chunk = ids[at : at + CHUNK_ROWS]
-            last = int(at + len(chunk) == n)
-            shard.forward(chunk.data, [RowSpan(1, at, len(chunk), last)], logits[:last].data)
-        seconds = time.perf_counter() - started
-        shard.close(1)
-        return seconds
-
-    return once
-
-
-def generate_run(loaded: Loaded, test: Test) -> Callable[[], float]:
-    """Seconds to make n_tokens for each of n_rows sessions, a row of each in every step."""
-    import numpy as np
-
-    from potluck.engine import RowSpan
-
-    shard, rows = loaded.shard, test.n_rows
-    ids = np.random.default_rng(SEED).integers(
-        0, loaded.config.vocab, (test.n_tokens, rows), dtype=np.int32
-    )
-    logits = np.empty((rows, loaded.config.vocab), np.float32)
-
-    def once() -> float:
-        for session in range(rows):
-            shard.open(session + 1, test.n_tokens)
-        started = time.perf_counter()
-        for at, step in enumerate(ids):
-            spans = [RowSpan(session + 1, at, 1, 1) for session in range(rows)]
-            shard.forward(step.data, spans, logits.data)
-        seconds = time.perf_counter() - started
-        for session in range(rows):
-            shard.close(session + 1)
-        return seconds
-
-    return once
-
-
-def deviation(samples: list[float] | list[int]) -> float:
+def deviation(samples: Sequence[float]) -> float:
     """Of a sample, as llama-bench has it; 0 of one."""
     return statistics.stdev(samples) if len(samples) > 1 else 0.0
-
-
-def cpu_name() -> str:
-    """As the kernel knows it, else as Python does."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -32,6 +32,70 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+MOST_VALUES = 64  # of one list: more would be a slip, such as 1-4096 without a step
+
+
+def wholes(low: int, high: int) -> Callable[[str], list[int]]:
+    """Whole numbers from `low` to `high` as llama-bench takes them: "128,512", "1-8*2", "0-90+30".
+
+    A range without a step goes up by one.
+    """
+    one = whole(low, high)
+
+    def part(text: str) -> list[int]:
+        found = re.fullmatch(r"(\d+)-(\d+)(?:([+*])(\d+))?", text)
+        if not found:
+            return [one(text)]
+        value, last, step = one(found[1]), one(found[2]), int(found[4] or 1)
+        values: list[int] = []
+        while value <= last and len(values) <= MOST_VALUES:
+            values.append(value)
+            following = value * step if found[3] == "*" else value + step
+            if following <= value:
+                raise argparse.ArgumentTypeError(f"{text} never ends")
+            value = following
+        if not values:
+            raise argparse.ArgumentTypeError(f"{text} holds no number")
+        return values
+
+    def parse(text: str) -> list[int]:
+        values = [value for piece in text.split(",") for value in part(piece)]
+        if len(values) > MOST_VALUES:
+            raise argparse.ArgumentTypeError(f"{MOST_VALUES} values at most, not {text}")
+        return values
+
+    return parse
+
+
+def pair(low: int, high: int) -> Callable[[str], list[tuple[int, int]]]:
+    """Two whole numbers with a comma between them; a list, to be used with Several."""
+    one = whole(low, high)
+
+    def parse(text: str) -> list[tuple[int, int]]:
+        first, comma, second = text.partition(",")
+        if not comma:
+            raise argparse.ArgumentTypeError(f"two numbers such as 512,128, not {text!r}")
+        return [(one(first), one(second))]
+
+    return parse
+
+
+class Several(argparse.Action):
+    """An option whose values are lists and which may be given again: all of them, in order."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002  argparse fixes the signature
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,  # noqa: ARG002  argparse fixes the signature
+    ) -> None:
+        """Takes the place of the default, and follows what was given before."""
+        assert isinstance(values, list)
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
     """A number from `low` (above it, if `above`) to `high`; never NaN or infinite."""
     wanted = f"above {low:g}, at most {high:g}" if above else f"{low:g} to {high:g}"

@@ -1,7 +1,9 @@
-"""`potluck bench`: llama-bench's field names, and figures that follow from each other."""
+"""`potluck bench`: grids, llama-bench's field names, and figures that follow from each other."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ import pytest
 
 from potluck import testing
 from potluck.cli import command_line as cli
+from potluck.cli import measuring, memory
+from potluck.errors import UsageError
 
-# What llama-bench prints with `-o json` and readers of its results use.
-LLAMA_BENCH = {
+# What llama-bench prints with `-o json`, in its order: get_fields() and the samples.
+LLAMA_BENCH = [
     "build_commit",
     "build_number",
     "cpu_info",
+    "gpu_info",
+    "backends",
     "model_filename",
     "model_type",
     "model_size",
@@ -23,8 +29,28 @@ LLAMA_BENCH = {
     "n_batch",
     "n_ubatch",
     "n_threads",
+    "cpu_mask",
+    "cpu_strict",
+    "poll",
     "type_k",
     "type_v",
+    "n_gpu_layers",
+    "n_cpu_moe",
+    "split_mode",
+    "main_gpu",
+    "no_kv_offload",
+    "flash_attn",
+    "devices",
+    "tensor_split",
+    "tensor_buft_overrides",
+    "load_mode",
+    "lazy_mode",
+    "embeddings",
+    "no_op_offload",
+    "no_host",
+    "repack",
+    "fit_target",
+    "fit_min_ctx",
     "n_prompt",
     "n_gen",
     "n_depth",
@@ -35,8 +61,31 @@ LLAMA_BENCH = {
     "stddev_ts",
     "samples_ns",
     "samples_ts",
-}
-OURS = {"isa", "read_bandwidth", "gb_per_second", "gmac_per_second"}
+]
+OURS = ["n_sessions", "isa", "read_bandwidth", "gb_per_second", "gmac_per_second"]
+# Its types; all else is text.
+NUMBERS = [
+    "build_number",
+    "n_batch",
+    "n_ubatch",
+    "n_threads",
+    "poll",
+    "model_size",
+    "model_n_params",
+    "n_gpu_layers",
+    "main_gpu",
+    "n_prompt",
+    "n_gen",
+    "n_depth",
+    "avg_ns",
+    "stddev_ns",
+    "no_op_offload",
+    "n_cpu_moe",
+    "fit_target",
+    "fit_min_ctx",
+    "flash_attn",
+]
+YES_OR_NO = ["no_kv_offload", "cpu_strict", "embeddings", "no_host", "repack"]
 
 
 @pytest.fixture
@@ -55,13 +104,44 @@ def bench(model: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> lis
 
 def test_json_has_the_names_of_llama_bench(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench(model, "-p", "7", "-n", "5", "-b", "3", "-r", "2", capsys=capsys)
-    assert [row.keys() for row in rows] == [LLAMA_BENCH | OURS] * 3
+    assert [list(row) for row in rows] == [LLAMA_BENCH + OURS] * 3
     prompt, one, three = rows
     assert (prompt["n_prompt"], prompt["n_gen"], prompt["n_batch"]) == (7, 0, 7)
     assert (one["n_prompt"], one["n_gen"], one["n_batch"]) == (0, 5, 1)
     assert (three["n_prompt"], three["n_gen"], three["n_batch"]) == (0, 5, 3)
+    assert [row["n_sessions"] for row in rows] == [1, 1, 3]
     assert {row["isa"] for row in rows} == {"scalar"}
     assert {row["n_threads"] for row in rows} == {1}
+
+
+def test_json_has_the_types_of_llama_bench(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = bench(model, "-p", "4", "-n", "0", "-r", "1", capsys=capsys)
+    kinds = {name: type(row[name]) for name in LLAMA_BENCH}
+    expected: dict[str, type] = dict.fromkeys(LLAMA_BENCH, str)
+    expected |= dict.fromkeys(NUMBERS, int) | dict.fromkeys(YES_OR_NO, bool)
+    expected |= dict.fromkeys(["avg_ts", "stddev_ts"], float)
+    expected |= dict.fromkeys(["samples_ns", "samples_ts"], list)
+    assert kinds == expected
+
+
+def test_lists_ranges_and_repeated_options_make_a_grid(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["-p", "3,5", "-p", "6", "-n", "2", "-d", "0-40+20", "-b", "2-4*2", "-r", "1"]
+    rows = bench(model, *options, "-pg", "4,2", "-t", "2", capsys=capsys)
+    tests = [
+        (r["n_threads"], r["n_depth"], r["n_prompt"], r["n_gen"], r["n_sessions"]) for r in rows
+    ]
+    assert tests == [
+        (threads, depth, *test)
+        for threads in (1, 2)
+        for depth in (0, 20, 40)
+        for test in (
+            *((p, 0, 1) for p in (3, 5, 6)),
+            *((0, 2, k) for k in (1, 2, 4)),
+            *((4, 2, k) for k in (1, 2, 4)),
+        )
+    ]
 
 
 def test_the_figures_follow_from_the_samples(
@@ -72,28 +152,105 @@ def test_the_figures_follow_from_the_samples(
     assert row["avg_ns"] == pytest.approx(sum(row["samples_ns"]) / 3, abs=1)
     assert row["samples_ts"][0] == pytest.approx(4e9 / row["samples_ns"][0], rel=1e-3)
     assert row["stddev_ts"] >= 0
-    assert 0 < row["gb_per_second"] * 1e9 * row["avg_ns"] / 4e9 <= row["model_size"] * 1.001
+    # Weights once a step; positions 1, 2, 3 and 4 of two layers: 2 KV heads of 16 keys and values.
+    kv = 10 * 2 * 2 * 2 * 16 * 2
+    read = row["gb_per_second"] * row["avg_ns"] - kv
+    assert 0.5 * row["model_size"] < read / 4 <= row["model_size"]
 
 
-def test_people_get_a_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", str(model), "-p", "4", "-n", "2", "-r", "1", "-t", "1"]) == 0
+def test_all_tokens_of_all_sessions_count(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "0", "-n", "0", "-pg", "6,2", "-b", "4", "-d", "8", "-r", "1"]
+    _, four = bench(model, *options, capsys=capsys)
+    assert four["avg_ts"] == pytest.approx(4 * 8 * 1e9 / four["avg_ns"], rel=1e-3)
+    assert four["gb_per_second"] is None
+
+
+def test_csv_has_llama_benchs_columns(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "4", "-n", "2", "-r", "1", "-t", "1", "-o", "csv"]
+    assert cli.main(["bench", str(model), *options]) == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == [n for n in LLAMA_BENCH if not n.startswith("samples")] + OURS
+    prompt, made = (dict(zip(header, row, strict=True)) for row in rows)
+    assert (prompt["n_prompt"], made["n_gen"], made["repack"]) == ("4", "2", "1")
+
+
+def test_json_lines_are_one_object_a_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "4,5", "-n", "2", "-r", "1", "-t", "1", "-o", "jsonl"]
+    assert cli.main(["bench", str(model), *options]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["n_prompt"] for row in rows] == [4, 5, 0]
+
+
+@pytest.mark.parametrize("output", ["table", "md"])
+def test_people_get_a_table(output: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "4", "-n", "2", "-b", "2", "-d", "16", "-r", "1", "-t", "1", "-o", output]
+    assert cli.main(["bench", str(model), *options]) == 0
     shown = capsys.readouterr().out
-    assert "Memory reads" in shown
-    assert "pp4" in shown
-    assert "tg2" in shown
+    assert [name in shown for name in ("pp4@d16", "tg2@d16", "tg2x2@d16")] == [True] * 3
+    assert ("Memory reads" in shown) == (output == "table")
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--isa", "nonsense"], "nonsense"),
-        (["-n", "999999"], "999999 tokens; the model's context is"),
+        (["-p", "4", "-n", "999999"], "tg999999: 999999 tokens; the model's context is 256"),
+        (
+            ["-p", "4", "-d", "250", "-n", "8"],
+            "tg8@d250: depth 250 and 8 tokens; the model's context is 256",
+        ),
+        (["-p", "0", "-n", "0"], "leave nothing to measure"),
+        (["-p", "128,many"], "-p/--n-prompt: a whole number, not 'many'"),
+        (["-p", "128,,256"], "-p/--n-prompt: a whole number, not ''"),
+        (["-n", "-3"], "-n/--n-gen: 0 to 1048576, not -3"),
+        (["-d", "1-9999"], "-d/--n-depth: 64 values at most"),
+        (["-d", "4-8*1"], "4-8*1 never ends"),
+        (["-d", "8-4"], "8-4 holds no number"),
+        (["-b", "0"], "-b/--batch: 1 to 256, not 0"),
+        (["-t", "0"], "-t/--threads: 1 to 1024, not 0"),
+        (["-r", "0"], "-r/--repetitions: 1 to 1000, not 0"),
+        (["-pg", "512"], "two numbers such as 512,128, not '512'"),
+        (["-o", "xml"], "invalid choice: 'xml'"),
     ],
 )
-def test_what_can_not_be_measured_is_said(
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     options: list[str], says: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", str(model), "-p", "4", *options]) in (1, 2)
+    assert cli.main(["bench", str(model), *options]) == 2
     said = capsys.readouterr()
-    assert says in said.err
+    assert says in said.err.splitlines()[0]
+    assert len(said.err.splitlines()) <= 2
     assert said.out == ""
+
+
+def test_unknown_kernels_are_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(model), "-p", "4", "-n", "0", "--isa", "nonsense"]) == 1
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_kv_that_does_not_fit_is_refused_with_its_bytes(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "share_bytes", lambda n_workers: 2**20)
+    assert cli.main(["bench", str(model), "-p", "8", "-n", "8", "-d", "120", "-b", "64"]) == 1
+    said = capsys.readouterr()
+    # 64 sessions of 8 pages of 16 positions of 256 bytes.
+    assert "the KV of 64 sessions of up to 128 positions takes 2.0 MiB" in said.err
+    assert "1.0 MiB are free" in said.err
+    assert said.out == ""
+
+
+def test_a_name_of_a_test_says_all_of_it() -> None:
+    for name in ("pp512", "tg128", "pp512@d4096", "tg64x4@d4096", "pp16+tg4x2"):
+        assert measuring.Test.named(name).name == name
+    assert measuring.Test.named("tg32x1").name == "tg32"
+
+
+@pytest.mark.parametrize("name", ["", "512", "pp", "pp0", "tg8x0", "tg8x257", "tg8 ", "@d9", "x4"])
+def test_what_names_no_test_is_refused(name: str) -> None:
+    with pytest.raises(UsageError):
+        measuring.Test.named(name)
+
+
+def test_each_session_has_room_for_its_longest_test() -> None:
+    tests = [measuring.Test.named(name) for name in ("pp512", "tg8x3@d64", "tg16x2")]
+    assert measuring.rooms(tests) == [512, 72, 72]
