@@ -1,201 +1,320 @@
-"""Alternates potluck and llama.cpp on one file and prints ratios.
+"""Alternates potluck and llama.cpp on the same files and prints ratios.
 
-Both sides are processes with the model loaded that compute one at a time, A, B, A, B; each ratio is
-taken from a pair of neighbouring runs, and its median is what counts. llama.cpp runs with and
-without flash attention, and its better median stands. Needs a Python with llama-cpp-python in it
-(bench/README.md says how); potluck itself never does.
+Both sides are processes that hold the model and compute one at a time, taking turns; a round is
+one run of potluck and one of llama.cpp without and with flash attention. The ratio of a test is the
+median over its rounds, against the setting whose median is better. Needs a Python with
+llama-cpp-python in it (bench/README.md says how); potluck itself never does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO
-
-import numpy as np
+from typing import IO, Any, Self
 
 import potluck
-from potluck import catalogue, engine, gguf, model
-from potluck.plan import Span
+from potluck import catalogue
+from potluck.cli import measuring, memory, quantities, timing
+from potluck.errors import PlanError, PotluckError
 
 HERE = Path(__file__).parent
-COLUMNS = [
-    "cpu", "isa", "threads", "model", "sha256", "test", "potluck_tps", "llama_tps", "ratio",
-    "ratio_min", "ratio_max", "rounds", "potluck", "llama_cpp_python", "read_gb_per_second",
-]  # fmt: skip
+TESTS = ["pp512", "tg128", "pp512@d4096", "tg64@d4096", "tg32", "tg32x2", "tg32x4", "tg32x8"]
+REST_SECONDS = 0.05  # before a run, for the other side's threads to stop spinning
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
-    """kind "pp" reads n tokens at once, "tg" makes n tokens one by one."""
+class Row:
+    """A line of the results file. Rates and ratios are medians."""
 
-    kind: str
-    n: int
+    cpu: str
+    isa: str
+    threads: int
+    model: str
+    type: str
+    sha256: str
+    test: str
+    potluck_tps: float
+    llama_tps: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    rounds: int
+    flash_attention: int  # of llama.cpp: the better one
+    read_gb_per_second: float
+    potluck_of_bandwidth: float | None  # generation: bytes of weights and KV a second, over that
+    potluck_over_one: float | None  # several sessions: all their tokens/s, over those of one
+    llama_over_one: float | None
+    potluck: str
+    commit: str
+    llama_cpp_python: str
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.n}"
+        threads = quantities.count(self.threads, "thread")
+        flash = "on" if self.flash_attention else "off"
+        said = [
+            f"{self.model} ({self.type})  {threads}  {self.test:13}"
+            f"  {self.ratio:.2f}x ({self.ratio_min:.2f} to {self.ratio_max:.2f})",
+            f"{self.potluck_tps:.2f} against {self.llama_tps:.2f} t/s (flash attention {flash})",
+        ]
+        if self.potluck_of_bandwidth is not None:
+            said.append(f"{self.potluck_of_bandwidth:.0%} of {self.read_gb_per_second:.1f} GB/s")
+        if self.potluck_over_one is not None:
+            one = f"{self.potluck_over_one:.2f}x one session's"
+            said.append(f"total {one} (llama.cpp {self.llama_over_one:.2f}x)")
+        return ", ".join(said)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Seconds of each round: potluck's, and llama.cpp's without and with flash attention."""
+
+    ours: Sequence[float]
+    theirs: tuple[Sequence[float], Sequence[float]]
+
+    @property
+    def flash(self) -> int:
+        """Whose median is better."""
+        return min((0, 1), key=lambda f: statistics.median(self.theirs[f]))
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast as llama.cpp, each round; lowest first."""
+        pairs = zip(self.theirs[self.flash], self.ours, strict=True)
+        return sorted(theirs / ours for theirs, ours in pairs)
 
 
 class Side:
-    """A process that answers one test a line with its seconds."""
+    """A process that answers each order with a line."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.ready = str(self._read()["ready"])
+        self.ready = self._read()
 
-    def run(self, test: Test) -> float:
-        """Seconds of one test."""
+    def ask(self, **order: object) -> dict[str, Any]:
+        """Sends an order and waits. Raises SideLost."""
         stdin: IO[str] | None = self._process.stdin
         assert stdin is not None
-        stdin.write(json.dumps({"test": test.kind, "n": test.n}) + "\n")
-        stdin.flush()
-        return float(str(self._read()["seconds"]))
+        try:
+            stdin.write(json.dumps(order) + "\n")
+            stdin.flush()
+        except BrokenPipeError:
+            pass  # what it says about itself follows from reading
+        return self._read()
 
-    def close(self) -> None:
-        """Ends the process by closing its input."""
-        self._process.communicate()
+    def seconds(self, **order: object) -> float:
+        """Of a run."""
+        time.sleep(REST_SECONDS)
+        return float(self.ask(do="run", **order)["seconds"])
 
-    def _read(self) -> dict[str, object]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the process by closing its input; one that is at work is not waited for."""
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _read(self) -> dict[str, Any]:
         stdout: IO[str] | None = self._process.stdout
         assert stdout is not None
         line = stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args!r} ended with {self._process.wait()}")
-        answer: dict[str, object] = json.loads(line)
+            raise SideLost(f"{Path(self._process.args[1]).name} ended with {self._process.wait()}")  # type: ignore[index,arg-type]  # given as a list above
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-def potluck_side(path: Path, threads: int, isa: str, context: int) -> int:
-    """The potluck process: whole model in one shard, no network."""
-    file = gguf.read(path)
-    config = model.config_of(file)
-    span = Span(0, config.n_layers)
-    kv = model.kv_bytes_per_token(config, span, model.KvType.F16) * (context + 16)
-    machine = engine.Engine(threads=threads, isa=isa)
-    shard = engine.Shard(
-        machine,
-        engine.config_for(config),
-        0,
-        config.n_layers,
-        embeds=True,
-        has_head=True,
-        kv_bytes=kv,
+class SideLost(Exception):
+    """A side ended in the middle of a comparison; it has said why on stderr."""
+
+
+def rounds_of(test: measuring.Test, room: int, ours: Side, theirs: Side, n: int) -> Rounds:
+    """Runs a test n times on each; who begins changes from round to round."""
+    ours.ask(do="open", test=test.name)
+    theirs.ask(do="open", room=room, **asdict(test))
+    seconds: dict[int | None, list[float]] = {None: [], 0: [], 1: []}
+    order: list[int | None] = [None, 0, 1]
+    for _ in range(n):
+        for flash in order:
+            run = ours.seconds() if flash is None else theirs.seconds(flash=flash)
+            seconds[flash].append(run)
+        order = [*order[1:], order[0]]
+    return Rounds(seconds[None], (seconds[0], seconds[1]))
+
+
+def row_of(
+    subject: measuring.Subject,
+    test: measuring.Test,
+    rounds: Rounds,
+    read_bandwidth: float,
+    one: Row | None,
+    about: dict[str, Any],
+) -> Row:
+    """The line of a test. `one` is that of a single session with the same counts, if it ran."""
+    ours = test.n_tokens / statistics.median(rounds.ours)
+    theirs = test.n_tokens / statistics.median(rounds.theirs[rounds.flash])
+    read = None if test.n_prompt else subject.bytes_read(test) / statistics.median(rounds.ours)
+    return Row(
+        test=test.name,
+        type=subject.weight_type,
+        potluck_tps=round(ours, 2),
+        llama_tps=round(theirs, 2),
+        ratio=round(statistics.median(rounds.ratios), 3),
+        ratio_min=round(rounds.ratios[0], 3),
+        ratio_max=round(rounds.ratios[-1], 3),
+        rounds=len(rounds.ours),
+        flash_attention=rounds.flash,
+        read_gb_per_second=round(read_bandwidth / 1e9, 2),
+        potluck_of_bandwidth=None if read is None else round(read / read_bandwidth, 3),
+        potluck_over_one=None if one is None else round(ours / one.potluck_tps, 3),
+        llama_over_one=None if one is None else round(theirs / one.llama_tps, 3),
+        **about,
     )
-    engine.load(
-        shard,
-        file,
-        model.span_tensors(file, config, span, embeds=True, has_head=True),
-        lambda *_: None,
-    )
-    bandwidth = machine.read_bandwidth()
-    print(json.dumps({"ready": f"{machine.isa} {bandwidth / 1e9:.2f}"}), flush=True)
-    logits = np.zeros((1, config.vocab), dtype=np.float32)
-
-    def step(ids: list[int], at: int) -> None:
-        rows = [engine.RowSpan(1, at, len(ids), 1)]
-        shard.forward(np.array(ids, dtype=np.int32), rows, logits)
-
-    for line in sys.stdin:
-        order = json.loads(line)
-        shard.close(1)
-        shard.open(1, context)
-        if order["test"] == "pp":
-            start = time.perf_counter()
-            step([(i * 7) % 1000 + 300 for i in range(order["n"])], 0)
-        else:
-            step([1], 0)
-            start = time.perf_counter()
-            for i in range(order["n"]):
-                step([(i * 7) % 1000 + 300], i + 1)
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
-    return 0
 
 
-def compare(path: Path, threads: int, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows of the results file for one thread count."""
-    common = [str(path), "--threads", str(threads)]
-    ours = Side([sys.executable, __file__, *common, "--side", "--isa", args.isa])
-    llama = [args.llama_python, str(HERE / "llama_side.py"), *common]
-    theirs = [Side([*llama, "--flash", str(flash)]) for flash in (0, 1)]
-    isa, bandwidth = ours.ready.split()
-    rows: list[dict[str, object]] = []
-    for test in (Test("pp", args.prompt), Test("tg", args.generate)):
-        for side in (ours, *theirs):
-            side.run(test)  # warm-up
-        pairs = [
-            [(ours.run(test), other.run(test)) for other in theirs] for _ in range(args.rounds)
-        ]
-        best = min((0, 1), key=lambda f: statistics.median(p[f][1] for p in pairs))
-        ratios = sorted(p[best][1] / p[best][0] for p in pairs)
-        row: dict[str, object] = {
-            "cpu": cpu_name(), "isa": isa, "threads": threads, "model": path.stem,
-            "sha256": args.sha256, "test": str(test),
-            "potluck_tps": round(test.n / statistics.median(p[best][0] for p in pairs), 2),
-            "llama_tps": round(test.n / statistics.median(p[best][1] for p in pairs), 2),
-            "ratio": round(statistics.median(ratios), 3), "ratio_min": round(ratios[0], 3),
-            "ratio_max": round(ratios[-1], 3), "rounds": args.rounds,
-            "potluck": potluck.__version__, "llama_cpp_python": theirs[0].ready,
-            "read_gb_per_second": bandwidth,
-        }  # fmt: skip
-        rows.append(row)
-        print(
-            f"{path.stem} {row['test']} threads {threads}: potluck {row['potluck_tps']} t/s, "
-            f"llama.cpp {row['llama_tps']} t/s (flash attention {'on' if best else 'off'}), "
-            f"ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})"
-        )
-    for side in (ours, *theirs):
-        side.close()
-    return rows
+def compare(
+    subject: measuring.Subject, threads: int, tests: list[measuring.Test], args: argparse.Namespace
+) -> Iterator[Row]:
+    """All tests of one file with one thread count. Raises SideLost."""
+    common = [str(subject.path), "--threads", str(threads)]
+    names = [test.name for test in tests]
+    side = str(HERE / "potluck_side.py")
+    llama_side = str(HERE / "llama_side.py")
+    with (
+        Side([sys.executable, side, *common, "--isa", args.isa, "--tests", *names]) as ours,
+        Side([args.llama_python, llama_side, *common]) as theirs,
+    ):
+        about = {
+            "cpu": cpu_name(),
+            "isa": ours.ready["isa"],
+            "threads": threads,
+            "model": subject.path.stem,
+            "sha256": digest(subject.path),
+            "potluck": potluck.__version__,
+            "commit": commit(),
+            "llama_cpp_python": theirs.ready["version"],
+        }
+        rows: dict[str, Row] = {}
+        for test in tests:
+            room = max(t.room for t in tests if t.n_sessions == test.n_sessions)
+            before = float(ours.ask(do="read")["bytes_per_second"])
+            rounds = rounds_of(test, room, ours, theirs, args.rounds)
+            bandwidth = max(before, float(ours.ask(do="read")["bytes_per_second"]))
+            one = rows.get(replace(test, n_sessions=1).name) if test.n_sessions > 1 else None
+            rows[test.name] = row_of(subject, test, rounds, bandwidth, one, about)
+            yield rows[test.name]
+
+
+@functools.cache
+def digest(path: Path) -> str:
+    """The first 12 digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def cpu_name() -> str:
-    """Model name of the first CPU and the number of those allowed here."""
+    """Model name and family of the first CPU: a virtual machine's name alone says little."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    return f"{fields.get('model name', 'unknown')} family {fields.get('cpu family', '?')}"
+    family = re.search(r"^cpu family\s*: (.+)$", text, re.MULTILINE)
+    return timing.cpu_name() + (f" family {family[1]}" if family else "")
+
+
+def commit() -> str:
+    """Of potluck's sources; with a + if something is changed."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def append(file: Path, row: Row) -> None:
+    """Adds a line to the results, whose columns must be these."""
+    names = [field.name for field in fields(Row)]
+    is_new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, names, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def check(args: argparse.Namespace) -> None:
+    """What would fail after long work is refused before. Raises SystemExit."""
+    if args.csv and args.csv.exists():
+        with args.csv.open(encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+        if found != [field.name for field in fields(Row)]:
+            raise SystemExit(f"{args.csv} has other columns; name a new file")
+    if args.rounds < 1 or min(args.threads) < 1:
+        raise SystemExit("--rounds and --threads: 1 or more")
+
+
+def check_memory(subject: measuring.Subject, tests: list[measuring.Test]) -> None:
+    """Both sides hold the weights and llama.cpp two KVs. Raises PlanError."""
+    needed = 2 * subject.size_bytes + 3 * subject.kv_bytes(tests)
+    free = memory.share_bytes(1)
+    if free is not None and needed > free:
+        sides = f"both sides need {quantities.memory(needed)}, {quantities.memory(free)} are free"
+        raise PlanError(f"{subject.path}: {sides}; compare a file of fewer layers")
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="path or catalogue name")
-    parser.add_argument("--llama-python", help="Python of the environment with llama-cpp-python")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="path or catalogue name")
+    parser.add_argument(
+        "--llama-python", required=True, help="of the environment with llama-cpp-python"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isa", default="auto")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--tests", nargs="+", default=TESTS, help=f"default: {' '.join(TESTS)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", default="auto")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    path = catalogue.resolve(args.model)
-    if args.side:
-        return potluck_side(path, args.threads[0], args.isa, 2048)
-    if not args.llama_python:
-        parser.error("--llama-python is needed: bench/README.md says how to make one")
-    args.sha256 = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()[:12]
-    rows = [row for threads in args.threads for row in compare(path, threads, args)]
-    if args.csv:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
-    return 0
+    check(args)
+    failed = False
+    for name in args.models:
+        try:
+            tests = list(dict.fromkeys(measuring.Test.named(test) for test in args.tests))
+            subject = timing.subject_of(catalogue.resolve(name))
+            subject.check_context(tests)
+            check_memory(subject, tests)
+            for threads in args.threads:
+                for row in compare(subject, threads, tests, args):
+                    print(row, flush=True)
+                    if args.csv:
+                        append(args.csv, row)
+        except (PotluckError, SideLost) as error:
+            said = str(error)
+            print(said if said.startswith(name) else f"{name}: {said}", file=sys.stderr)
+            failed = True
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of each run of a test, beside the read bandwidth of memory just before."""
+    """Seconds of each run of a test, beside the read bandwidth of memory around them."""
 
     test: Test
     seconds: tuple[float, ...]
