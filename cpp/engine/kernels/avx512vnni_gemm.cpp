@@ -8,9 +8,10 @@ namespace {
 
 constexpr size_t kTileRowsOfWeights = 32;
 constexpr size_t kUnpackedBlock = 32 * kTileRowsOfWeights;  // bytes, a byte a code
-// Codes and scales of a chunk take 20 KiB of L1 (Q4_1 24).
-constexpr size_t kChunkBlocks = 18;
-constexpr size_t kBandRows = 128;  // rows that share one unpacking; their outputs take 16 KiB
+// Codes and scales of a chunk take 25 KiB of L1 (28 with mins). Larger chunks load and store the
+// outputs less often, but push the activations out.
+constexpr size_t kChunkBlocks = 22;
+constexpr size_t kBandRows = 256;  // rows that share one unpacking; their outputs take 32 KiB
 
 // A chunk of K of 4 panels, unpacked, and the outputs of a band of rows so far.
 struct Chunk {

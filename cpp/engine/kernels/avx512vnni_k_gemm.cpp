@@ -7,7 +7,7 @@ namespace avx512vnni {
 namespace {
 
 constexpr size_t kWeightRows = 32;  // of a tile
-constexpr size_t kBandRows = 128;   // rows that share one unpacking; their outputs take 16 KiB
+constexpr size_t kBandRows = 256;   // rows that share one unpacking; their outputs take 32 KiB
 
 // A record of 4 panels, unpacked, and the outputs of a band of rows so far.
 struct Chunk {
