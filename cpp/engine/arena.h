@@ -3,6 +3,8 @@
 // Addresses for the largest possible shard are reserved at first, without memory behind them; each
 // Take makes the next bytes usable, and Seal gives the unused addresses back and makes the rest
 // read-only. So types may differ from matrix to matrix and be known only when a matrix arrives.
+// Memory comes in huge pages where the system has them for those who ask; who has forbidden them
+// (/sys/kernel/mm/transparent_hugepage, prctl) gets small ones.
 #pragma once
 
 #include <cstddef>
@@ -28,9 +30,10 @@ class Arena {
   size_t used_bytes() const { return used_bytes_; }
 
  private:
-  uint8_t* start_ = nullptr;
+  uint8_t* mapped_ = nullptr;
+  uint8_t* start_ = nullptr;  // the first place in it that may be a huge page
   size_t mapped_bytes_ = 0;
-  size_t usable_bytes_ = 0;  // readable and writable, whole pages
+  size_t usable_bytes_ = 0;  // readable and writable, whole huge pages
   size_t used_bytes_ = 0;
 };
 
