@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -15,6 +17,7 @@
 #include "engine/crc32c.h"
 #include "engine/errors.h"
 #include "engine/isa.h"
+#include "engine/pack_file.h"
 #include "engine/pool.h"
 #include "engine/probe.h"
 #include "engine/product.h"
@@ -68,6 +71,8 @@ void Translate(std::exception_ptr thrown) {
     SetError("Full", error);
   } catch (const SessionError& error) {
     SetError("SessionError", error);
+  } catch (const DamagedPack& error) {
+    SetError("DamagedPack", error);
   } catch (const ModelError& error) {
     SetError("ModelError", error);
   } catch (const FrameError& error) {
@@ -224,6 +229,17 @@ void BindEngine(py::module_& m) {
           py::arg("size_bytes") = 268435456, py::arg("rounds") = 3);
 }
 
+// Name, type, rows, cols, offset in the file.
+using SourceTuple = std::tuple<std::string, std::string, size_t, size_t, uint64_t>;
+
+std::vector<TensorSource> SourcesOf(const std::vector<SourceTuple>& tensors) {
+  std::vector<TensorSource> sources;
+  for (const auto& [name, type_name, rows, cols, offset_bytes] : tensors) {
+    sources.push_back({name, type_name, rows, cols, offset_bytes});
+  }
+  return sources;
+}
+
 void BindShard(py::module_& m) {
   // Whatever takes the shard's mutex gives the GIL away first: a forward may hold the mutex for
   // seconds, and Python must go on meanwhile.
@@ -258,7 +274,30 @@ void BindShard(py::module_& m) {
           },
           py::arg("name"), py::arg("type_name"), py::arg("rows"), py::arg("cols"),
           py::arg("first_row"), py::arg("data"))
-      .def("seal", [](Shard& shard) { WithoutGil([&] { shard.Seal(); }); })
+      .def(
+          "write_pack",
+          [](Shard& shard, const std::string& pack, const std::string& path,
+             const std::vector<SourceTuple>& tensors) {
+            const auto sources = SourcesOf(tensors);
+            return WithoutGil([&] { return shard.WritePack(pack, path, sources); });
+          },
+          py::arg("pack"), py::arg("path"), py::arg("tensors"))
+      .def(
+          "map_pack",
+          [](Shard& shard, const std::string& pack, const std::string& path,
+             const std::vector<SourceTuple>& tensors) {
+            const auto sources = SourcesOf(tensors);
+            return WithoutGil([&] { return shard.MapPack(pack, path, sources); });
+          },
+          py::arg("pack"), py::arg("path"), py::arg("tensors"))
+      .def("damaged_packs",
+           [](const Shard& shard) { return WithoutGil([&] { return shard.DamagedPacks(); }); })
+      .def(
+          "seal",
+          [](Shard& shard, std::optional<size_t> resident_bytes) {
+            WithoutGil([&] { shard.Seal(resident_bytes.value_or(SIZE_MAX)); });
+          },
+          py::arg("resident_bytes") = py::none())
       .def(
           "open",
           [](Shard& shard, uint64_t session, size_t max_tokens) {
@@ -287,6 +326,9 @@ void BindShard(py::module_& m) {
       .def_property_readonly(
           "shard_bytes",
           [](const Shard& shard) { return WithoutGil([&] { return shard.shard_bytes(); }); })
+      .def_property_readonly(
+          "n_streamed",
+          [](const Shard& shard) { return WithoutGil([&] { return shard.n_streamed(); }); })
       .def_property_readonly("kv_bytes", &Shard::kv_bytes)
       .def_property_readonly(
           "scratch_bytes",
@@ -306,11 +348,12 @@ void BindShard(py::module_& m) {
 
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "The compiled engine. Imported by potluck/engine.py and by nothing else.";
-  for (const char* name : {"UsageError", "ModelError", "SessionError", "UnknownSession", "Full",
-                           "FrameError", "Cancelled", "EngineError"})
+  for (const char* name : {"UsageError", "ModelError", "DamagedPack", "SessionError",
+                           "UnknownSession", "Full", "FrameError", "Cancelled", "EngineError"})
     (void)PythonErrors().attr(name).ptr();
   py::register_local_exception_translator(Translate);
   m.attr("ISAS") = TupleOf(CompiledIsas());
+  m.attr("PACK_LAYOUT") = kPackLayout;
   m.def("available_isas", [] { return TupleOf(AvailableIsas()); });
   m.def("crc32c", Crc32cOf, py::arg("data"));
   m.def(

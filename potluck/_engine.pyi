@@ -14,6 +14,7 @@ from typing_extensions import Buffer  # of the type checker: Python 3.11's colle
 _Buffer: TypeAlias = Buffer | np.ndarray[Any, Any]
 
 ISAS: tuple[str, ...]  # kernel tables compiled in, "scalar" first
+PACK_LAYOUT: str  # of packed matrices, a part of a pack file's name
 
 def available_isas() -> tuple[str, ...]:
     """Those of ISAS that this CPU can run."""
@@ -121,8 +122,29 @@ class Shard:
         self, name: str, type_name: str, rows: int, cols: int, first_row: int, data: _Buffer
     ) -> None:
         """The same from memory: whole rows from first_row on (a multiple of 8, or all)."""
-    def seal(self) -> None:
-        """Ends loading. ModelError names a matrix that is missing."""
+    def write_pack(
+        self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]
+    ) -> str:
+        """Writes a pack of these tensors (name, type, rows, cols, offset) of the file at `path`.
+
+        Takes no memory for them. Why the pack could not be written (a full disk, say); "": it is
+        there. ModelError: as put_file.
+        """
+    def map_pack(self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]) -> str:
+        """Takes tensors from a pack that write_pack made of the same file.
+
+        Why it can't be used (there is none, or it is not what would be written now), and then
+        nothing has changed; "": they are put. After seal only in place of a pack of the same
+        tensors. ModelError: as put_file.
+        """
+    def damaged_packs(self) -> list[str]:
+        """Paths of packs that a forward found damaged."""
+    def seal(self, resident_bytes: int | None = None) -> None:
+        """Ends loading. ModelError names a matrix that is missing.
+
+        Of mapped packs so much may stay in memory (None: all); the rest is read from the disk in
+        every step.
+        """
     def open(self, session: int, max_tokens: int) -> None:
         """Reserves pages for max_tokens positions.
 
@@ -146,7 +168,8 @@ class Shard:
 
         UnknownSession; SessionError: skips positions or beyond its room; FrameError: a value that
         is not finite (names the layer); UsageError: a token id outside the vocabulary, a session
-        twice; Cancelled. After an error no session has changed its length.
+        twice; Cancelled; DamagedPack: map others in place of damaged_packs, then repeat the step.
+        After an error no session has changed its length.
         """
     def cancel(self) -> None:
         """Makes a running forward stop between layers (Cancelled); without one it does nothing."""
@@ -155,6 +178,9 @@ class Shard:
         """Phases finished since the shard was made; rises during a forward."""
     @property
     def shard_bytes(self) -> int: ...
+    @property
+    def n_streamed(self) -> int:
+        """Layers (and head) that are read from the disk in every step."""
     @property
     def scratch_bytes(self) -> int: ...
     @property

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from potluck import gguf
 from potluck.download import (
     CHUNK_BYTES,
     OnProgress,
@@ -100,6 +101,11 @@ def models_folder() -> Path:
     return cache_folder() / "models"
 
 
+def packs_folder() -> Path:
+    """Where packed weights lie (potluck/packs.py), a folder a GGUF. It need not exist."""
+    return cache_folder() / "packs"
+
+
 def resolve(model: str) -> Path:
     """The file of `model`, a path or a name. Raises UnknownModel, or UsageError for nonsense."""
     if "\0" in model or not model or len(model) > 4096:
@@ -137,18 +143,28 @@ def cached() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete the files of `name`, and return the bytes freed. Raises UnknownModel."""
+    """Delete the files of `name` and their packs, and return the bytes freed. UnknownModel."""
     folder = models_folder() / check_name(name)
     if not folder.is_dir() or folder.is_symlink():
         raise UnknownModel(f"{name} is not on this machine", remedy="see `potluck list`")
     with _locked(name) as is_free:
         if not is_free:
             raise UsageError(f"{name} is being pulled by another process", remedy="stop that first")
-        freed = sum(
-            f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink()
-        )
-        shutil.rmtree(folder)
+        folders = [*_packs_of(folder), folder]
+        files = [f for each in folders for f in each.rglob("*")]
+        freed = sum(f.stat().st_size for f in files if f.is_file() and not f.is_symlink())
+        for each in folders:
+            shutil.rmtree(each)
     return freed
+
+
+def _packs_of(folder: Path) -> Iterator[Path]:
+    """Folders of packs that were made of the models in `folder`."""
+    for path in folder.glob("*.gguf"):
+        with contextlib.suppress(ModelError):
+            packs = packs_folder() / gguf.read(path).header_sha256
+            if packs.is_dir():
+                yield packs
 
 
 def pull(name: str, on_progress: OnProgress = lambda _: None) -> Path:

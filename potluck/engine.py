@@ -15,6 +15,7 @@ from potluck.model import ModelConfig
 try:
     from potluck._engine import (
         ISAS,
+        PACK_LAYOUT,
         Config,
         Engine,
         RowSpan,
@@ -35,10 +36,12 @@ except ImportError as missing:
 
 __all__ = [
     "ISAS",
+    "PACK_LAYOUT",
     "Config",
     "Engine",
     "RowSpan",
     "Shard",
+    "TensorTuple",
     "available_isas",
     "benchmark_matmul",
     "block_layout",
@@ -49,6 +52,8 @@ __all__ = [
     "log_sum_exp",
     "matmul",
 ]
+
+TensorTuple = tuple[str, str, int, int, int]  # name, type, rows, cols, offset in the file
 
 
 def config_for(model: ModelConfig) -> Config:

@@ -3,7 +3,8 @@
 PotluckError
 ├── UsageError            a value out of range, options that exclude each other
 ├── ModelError            file, shape, type: what was found, what was expected
-│   └── UnknownModel      no such name or path
+│   ├── UnknownModel      no such name or path
+│   └── DamagedPack       a pack file changed after it was written; survived inside: made again
 ├── PlanError             the workers can't hold it: needed and offered bytes, what to do
 ├── SessionError          a step that does not fit its session: skips positions
 │   ├── UnknownSession    never opened, or closed
@@ -43,6 +44,10 @@ class ModelError(PotluckError):
 
 class UnknownModel(ModelError):
     """No model of that name, and no file at that path."""
+
+
+class DamagedPack(ModelError):
+    """A pack file is not what was written. It is to be made again, and the step to be repeated."""
 
 
 class PlanError(PotluckError):

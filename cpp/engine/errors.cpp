@@ -8,6 +8,7 @@ namespace potluck {
 Error::~Error() = default;
 UsageError::~UsageError() = default;
 ModelError::~ModelError() = default;
+DamagedPack::~DamagedPack() = default;
 SessionError::~SessionError() = default;
 UnknownSession::~UnknownSession() = default;
 Full::~Full() = default;

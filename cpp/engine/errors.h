@@ -34,6 +34,13 @@ class ModelError : public Error {
   ~ModelError() override;
 };
 
+// A pack file is not what was written; it is to be made again.
+class DamagedPack : public ModelError {
+ public:
+  using ModelError::ModelError;
+  ~DamagedPack() override;
+};
+
 // A step does not fit its session.
 class SessionError : public Error {
  public:

@@ -1,7 +1,6 @@
 #include "engine/loading.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -14,34 +13,15 @@ const char* const kEmbedding = "token_embd.weight";
 const char* const kOutputNorm = "output_norm.weight";
 const char* const kHead = "output.weight";
 
-// What a thread reads before it drops the file's pages again; a panel may be larger.
-constexpr size_t kReadBytes = size_t{1} << 20;
+// A layer's tensors, in the order of LayerWeights.
+const char* const kLayerTensors[] = {"attn_norm", "attn_q",   "attn_k", "attn_v",  "attn_output",
+                                     "ffn_norm",  "ffn_gate", "ffn_up", "ffn_down"};
 
 std::string LayerTensor(size_t layer, const char* name) {
   return "blk." + std::to_string(layer) + "." + name + ".weight";
 }
 
-size_t PlaceBytes(const TensorShape& shape, bool is_vector, WeightType type) {
-  if (is_vector) return shape.cols * sizeof(float);
-  return PackedBytes(type, shape.rows, shape.cols);
-}
-
 size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
-
-float WidenedAt(WeightType type, const uint8_t* bytes, size_t i) {
-  if (type == WeightType::kF32) {
-    float value = 0;
-    std::memcpy(&value, bytes + i * sizeof(value), sizeof(value));
-    return value;
-  }
-  uint16_t bits = 0;
-  std::memcpy(&bits, bytes + i * sizeof(bits), sizeof(bits));
-  return type == WeightType::kF16 ? HalfToFloat(bits) : BFloatToFloat(bits);
-}
-
-bool IsFloat(WeightType type) {
-  return type == WeightType::kF32 || type == WeightType::kF16 || type == WeightType::kBF16;
-}
 
 }  // namespace
 
@@ -53,19 +33,24 @@ Loading::Loading(const Config& config, const ShardPart& part)
           Add(kOutputNorm, 1, config.dim);
           Add(kHead, config.vocab, config.dim);
         }
-        size_t most_bytes = 0;  // no type takes more than f32
+        size_t most_bytes = 0;
         for (const Slot& slot : slots_) {
-          most_bytes += PlaceBytes(slot.shape, slot.is_vector, WeightType::kF32) + 64;
+          TensorForm largest = slot.form;
+          largest.type = FindType("f32");  // no type takes more
+          most_bytes += largest.packed_bytes() + Arena::kAlignment;
         }
         return most_bytes;
       }()) {}
 
 void Loading::Add(const std::string& name, size_t rows, size_t cols) {
   Slot slot;
-  slot.shape = {name, rows, cols};
-  slot.is_vector = name.find("norm") != std::string::npos;
-  slot.is_rotated = config_.rope_interleaved && (name.find("attn_q.") != std::string::npos ||
-                                                 name.find("attn_k.") != std::string::npos);
+  slot.form.shape = {name, rows, cols};
+  slot.form.is_vector = name.find("norm") != std::string::npos;
+  if (config_.rope_interleaved &&
+      (name.find("attn_q.") != std::string::npos || name.find("attn_k.") != std::string::npos)) {
+    slot.form.head_dim = config_.head_dim;
+    slot.form.rope_dim = config_.rope_dim;
+  }
   index_[name] = slots_.size();
   slots_.push_back(std::move(slot));
 }
@@ -86,7 +71,8 @@ void Loading::AddLayer(size_t layer) {
 std::vector<TensorShape> Loading::Matrices() const {
   std::vector<TensorShape> shapes;
   for (const Slot& slot : slots_) {
-    if (slot.shape.name != kEmbedding || part_.embeds) shapes.push_back(slot.shape);
+    const TensorShape& shape = slot.form.shape;
+    if (shape.name != kEmbedding || part_.embeds) shapes.push_back(shape);
   }
   return shapes;
 }
@@ -95,131 +81,88 @@ const Loading::Slot& Loading::Find(const std::string& name) const {
   return slots_[index_.at(name)];
 }
 
-// The slot of a tensor with its type set and its place taken, or the reason why not.
-Loading::Slot& Loading::Claim(const std::string& name, const std::string& type_name, size_t rows,
-                              size_t cols) {
+// The slot of a tensor that is what the span needs, or the reason why it is not.
+size_t Loading::Expected(const TensorSource& source) const {
+  const std::string& name = source.name;
   const auto found = index_.find(name);
   if (found == index_.end()) {
     throw ModelError(name + ": no tensor of layers [" + std::to_string(part_.start) + ", " +
                      std::to_string(part_.stop) + ") or of what this shard holds beside them");
   }
-  Slot& slot = slots_[found->second];
-  const TensorShape& shape = slot.shape;
-  if (rows != shape.rows || cols != shape.cols) {
-    throw ModelError(name + ": " + std::to_string(rows) + " rows of " + std::to_string(cols) +
-                     " columns, expected " + std::to_string(shape.rows) + " of " +
-                     std::to_string(shape.cols));
+  const TensorForm& form = slots_[found->second].form;
+  const TensorShape& shape = form.shape;
+  if (source.rows != shape.rows || source.cols != shape.cols) {
+    throw ModelError(name + ": " + std::to_string(source.rows) + " rows of " +
+                     std::to_string(source.cols) + " columns, expected " +
+                     std::to_string(shape.rows) + " of " + std::to_string(shape.cols));
   }
-  const TypeInfo* type = FindType(type_name.c_str());
-  if (type == nullptr || (slot.is_vector && !IsFloat(type->type))) {
-    throw ModelError(name + ": weight type " + type_name + " is not supported here");
+  const TypeInfo* type = FindType(source.type_name.c_str());
+  if (type == nullptr || (form.is_vector && !IsFloat(type->type))) {
+    throw ModelError(name + ": weight type " + source.type_name + " is not supported here");
   }
-  if (cols % type->block_values != 0) {
-    throw ModelError(name + ": " + std::to_string(cols) + " columns, but " + type_name +
-                     " has blocks of " + std::to_string(type->block_values));
+  if (source.cols % type->block_values != 0) {
+    throw ModelError(name + ": " + std::to_string(source.cols) + " columns, but " +
+                     source.type_name + " has blocks of " + std::to_string(type->block_values));
   }
-  if (slot.is_complete()) throw ModelError(name + ": put twice");
-  if (slot.type != nullptr && slot.type->type != type->type) {
-    throw ModelError(name + ": put as " + type_name + " after " + slot.type->name);
+  return found->second;
+}
+
+TensorForm Loading::FormOf(const TensorSource& source) const {
+  TensorForm form = slots_[Expected(source)].form;
+  form.type = FindType(source.type_name.c_str());
+  return form;
+}
+
+// The slot of a tensor with its type set and its place taken, or the reason why not.
+Loading::Slot& Loading::Claim(const TensorSource& source) {
+  Slot& slot = slots_[Expected(source)];
+  const TypeInfo* type = FindType(source.type_name.c_str());
+  if (slot.is_complete()) throw ModelError(source.name + ": put twice");
+  if (slot.form.type != nullptr && slot.form.type != type) {
+    throw ModelError(source.name + ": put as " + source.type_name + " after " +
+                     slot.form.type->name);
   }
   CheckTied(slot);
-  if (slot.type != nullptr) return slot;
-  slot.place = arena_.Take(PlaceBytes(shape, slot.is_vector, type->type));
-  slot.has_panel.assign(PanelsOf(rows), false);
+  if (slot.form.type != nullptr) return slot;
+  TensorForm form = slot.form;
+  form.type = type;
+  slot.place = arena_.Take(form.packed_bytes());
+  slot.has_panel.assign(form.n_panels(), false);
   slot.n_panels_missing = slot.has_panel.size();
-  slot.type = type;
+  slot.form = std::move(form);
   return slot;
 }
 
 // A shard that doesn't embed has one head: output.weight, or token_embd.weight in place of it.
 void Loading::CheckTied(const Slot& slot) const {
   if (part_.embeds || !part_.has_head) return;
-  const bool is_embedding = slot.shape.name == kEmbedding;
-  if (!is_embedding && slot.shape.name != kHead) return;
-  if (Find(is_embedding ? kHead : kEmbedding).type == nullptr) return;
-  throw ModelError(slot.shape.name + ": this shard holds " + (is_embedding ? kHead : kEmbedding) +
-                   " as its head already");
+  const std::string& name = slot.form.shape.name;
+  const bool is_embedding = name == kEmbedding;
+  if (!is_embedding && name != kHead) return;
+  const char* const other = is_embedding ? kHead : kEmbedding;
+  if (Find(other).form.type == nullptr) return;
+  throw ModelError(name + ": this shard holds " + other + " as its head already");
 }
 
-// The file's row that is packed as `row`. Interleaved pairs (2i, 2i + 1) of a head come to lie at
-// i and i + rope_dim / 2, so that one rotation serves all models; scores stay the same.
-size_t Loading::FileRow(const Slot& slot, size_t row) const {
-  if (!slot.is_rotated) return row;
-  const size_t in_head = row % config_.head_dim;
-  const size_t half = config_.rope_dim / 2;
-  if (in_head >= config_.rope_dim) return row;
-  return row - in_head + (in_head < half ? 2 * in_head : 2 * (in_head - half) + 1);
-}
-
-void Loading::Pack(const Slot& slot, size_t panel, const RowAt& row_at) const {
-  const TensorShape& shape = slot.shape;
-  const uint8_t* rows[kPanelRows] = {};
-  for (size_t r = 0; r < kPanelRows && panel * kPanelRows + r < shape.rows; ++r) {
-    rows[r] = row_at(panel * kPanelRows + r);
-  }
-  bool finite = true;
-  if (slot.is_vector) {
-    auto* const values = reinterpret_cast<float*>(slot.place);
-    for (size_t i = 0; i < shape.cols; ++i) {
-      values[i] = WidenedAt(slot.type->type, rows[0], i);
-      finite &= std::isfinite(values[i]);
-    }
-  } else {
-    uint8_t* const place = slot.place + panel * PanelBytes(slot.type->type, shape.cols);
-    finite = PackPanel(slot.type->type, rows, shape.cols, place) == PackResult::kOk;
-  }
-  if (finite) return;
-  throw ModelError(shape.name + ": a weight or scale of rows " +
-                   std::to_string(panel * kPanelRows) + " to " +
-                   std::to_string(std::min((panel + 1) * kPanelRows, shape.rows) - 1) +
-                   " is not finite; is the file damaged?");
-}
-
-void Loading::PutFile(Pool& pool, const std::string& name, const std::string& type_name,
-                      size_t rows, size_t cols, const std::string& path, uint64_t offset_bytes) {
-  Slot& slot = Claim(name, type_name, rows, cols);
+void Loading::PutFile(Pool& pool, const TensorSource& source, const std::string& path) {
+  Slot& slot = Claim(source);
   if (slot.n_panels_missing != slot.has_panel.size() || !slot.pending.empty()) {
-    throw ModelError(name + ": put twice, some rows of it from memory");
+    throw ModelError(source.name + ": put twice, some rows of it from memory");
   }
   const WeightFile file(path);
-  const size_t row_bytes = RowBytes(slot.type->type, cols);
-  file.CheckHolds(name, offset_bytes, rows * row_bytes);
-  const size_t slab_bytes = kPanelRows * row_bytes;
-  std::vector<uint8_t> slabs(pool.threads() * slab_bytes);
-  const size_t grain = std::max<size_t>(1, kReadBytes / slab_bytes);
-  pool.Run(slot.has_panel.size(), grain, [&](size_t thread, size_t first, size_t last) {
-    ReadPanels(slot, file, offset_bytes, first, last, slabs.data() + thread * slab_bytes);
-  });
-  file.Drop(offset_bytes, rows * row_bytes);
+  const size_t panel_bytes = slot.form.panel_bytes();
+  PackFromFile(
+      pool, slot.form, file, source.offset_bytes,
+      [&](const Piece& piece) { return slot.place + piece.first * panel_bytes; },
+      [](const Piece&, const uint8_t*) {});
   slot.has_panel.assign(slot.has_panel.size(), true);
   slot.n_panels_missing = 0;
 }
 
-// Reads and packs panels [first, last), one slab at a time.
-void Loading::ReadPanels(const Slot& slot, const WeightFile& file, uint64_t offset_bytes,
-                         size_t first, size_t last, uint8_t* slab) const {
-  const size_t row_bytes = RowBytes(slot.type->type, slot.shape.cols);
-  for (size_t panel = first; panel < last; ++panel) {
-    const size_t first_row = panel * kPanelRows;
-    const size_t n_rows = std::min(kPanelRows, slot.shape.rows - first_row);
-    if (slot.is_rotated) {
-      for (size_t r = 0; r < n_rows; ++r) {
-        const uint64_t place = FileRow(slot, first_row + r) * row_bytes;
-        file.Read(offset_bytes + place, row_bytes, slab + r * row_bytes);
-      }
-    } else {
-      file.Read(offset_bytes + first_row * row_bytes, n_rows * row_bytes, slab);
-    }
-    Pack(slot, panel, [&](size_t row) { return slab + (row - first_row) * row_bytes; });
-  }
-  const uint64_t start = first * kPanelRows * row_bytes;
-  file.Drop(offset_bytes + start, last * kPanelRows * row_bytes - start);
-}
-
 void Loading::Put(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,
                   size_t cols, size_t first_row, const uint8_t* data, size_t size_bytes) {
-  Slot& slot = Claim(name, type_name, rows, cols);
-  const size_t row_bytes = RowBytes(slot.type->type, cols);
+  Slot& slot = Claim({name, type_name, rows, cols, 0});
+  const size_t row_bytes = slot.form.row_bytes();
   const size_t n_rows = size_bytes / row_bytes;
   const bool is_whole_panels = first_row % kPanelRows == 0 && n_rows > 0 && first_row < rows &&
                                n_rows <= rows - first_row &&
@@ -244,9 +187,9 @@ void Loading::Put(Pool& pool, const std::string& name, const std::string& type_n
 
 void Loading::PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row,
                       const uint8_t* data) {
-  const size_t row_bytes = RowBytes(slot.type->type, slot.shape.cols);
-  const size_t rows = slot.shape.rows;
-  if (slot.is_rotated && last_row - first_row < rows) {
+  const size_t row_bytes = slot.form.row_bytes();
+  const size_t rows = slot.form.shape.rows;
+  if (slot.form.rope_dim > 0 && last_row - first_row < rows) {
     // A panel takes its rows from all over a head, so it waits for the rest.
     if (slot.pending.empty()) slot.pending.resize(rows * row_bytes);
     std::memcpy(slot.pending.data() + first_row * row_bytes, data,
@@ -260,35 +203,118 @@ void Loading::PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row,
   const size_t n_panels = PanelsOf(last_row) - first_panel;
   pool.Run(n_panels, 8, [&](size_t, size_t first, size_t last) {
     for (size_t panel = first; panel < last; ++panel) {
-      Pack(slot, first_panel + panel,
-           [&](size_t row) { return data + (FileRow(slot, row) - first_row) * row_bytes; });
+      PackPanelOf(
+          slot.form, first_panel + panel,
+          [&](size_t row) { return data + (slot.form.FileRow(row) - first_row) * row_bytes; },
+          slot.place + (first_panel + panel) * slot.form.panel_bytes());
     }
   });
   slot.pending = {};
 }
 
-SpanWeights Loading::Seal() {
+// The pack of these tensors as it must be.
+PackPlan Loading::PlanOf(const std::vector<TensorSource>& sources, const WeightFile& file) const {
+  if (sources.empty()) throw UsageError("a pack of no tensors");
+  std::vector<TensorForm> forms;
+  forms.reserve(sources.size());
+  for (const TensorSource& source : sources) forms.push_back(FormOf(source));
+  return {std::move(forms), {file.size_bytes(), file.modified_ns()}};
+}
+
+std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::string& path,
+                               const std::vector<TensorSource>& sources) const {
+  const WeightFile file(path);
+  const PackPlan plan = PlanOf(sources, file);
+  PackWriter writer(pack, plan);
+  std::vector<std::vector<uint8_t>> buffers(pool.threads());
+  for (size_t i = 0; i < sources.size() && writer.why().empty(); ++i) {
+    const TensorForm& form = plan.forms()[i];
+    PackFromFile(
+        pool, form, file, sources[i].offset_bytes,
+        [&](const Piece& piece) {
+          std::vector<uint8_t>& buffer = buffers[piece.thread];
+          buffer.resize((piece.last - piece.first) * form.panel_bytes());
+          return buffer.data();
+        },
+        [&](const Piece& piece, const uint8_t* packed) { writer.Write(i, piece, packed); });
+  }
+  return writer.Finish();
+}
+
+std::string Loading::MapPack(const std::string& pack, const std::string& path,
+                             const std::vector<TensorSource>& sources) {
+  PackPlan plan = PlanOf(sources, WeightFile(path));
+  for (const TensorSource& source : sources) {
+    const Slot& slot = Find(source.name);
+    if (slot.place != nullptr) throw ModelError(source.name + ": put twice");
+    CheckTied(slot);
+  }
+  std::string why;
+  std::unique_ptr<PackFile> mapped = PackFile::Open(pack, std::move(plan), &why);
+  if (mapped == nullptr) return why;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    Slot& slot = slots_[index_.at(sources[i].name)];
+    slot.form = mapped->plan().forms()[i];
+    slot.pack = mapped.get();
+    slot.in_pack = i;
+  }
+  packs_.push_back(std::move(mapped));
+  // One that this one replaces.
+  const auto is_unused = [&](const std::unique_ptr<PackFile>& other) {
+    return std::none_of(slots_.begin(), slots_.end(),
+                        [&](const Slot& slot) { return slot.pack == other.get(); });
+  };
+  packs_.erase(std::remove_if(packs_.begin(), packs_.end(), is_unused), packs_.end());
+  return "";
+}
+
+std::vector<std::string> Loading::DamagedPacks() const {
+  std::vector<std::string> paths;
+  for (const auto& pack : packs_) {
+    if (pack->is_damaged()) paths.push_back(pack->path());
+  }
+  return paths;
+}
+
+size_t Loading::used_bytes() const {
+  size_t bytes = arena_.used_bytes();
+  for (const auto& pack : packs_) bytes += pack->size_bytes();
+  return bytes;
+}
+
+void Loading::CheckComplete() const {
   const bool has_own_head = part_.has_head && Find(kHead).is_complete();
   for (const Slot& slot : slots_) {
-    const std::string& name = slot.shape.name;
+    const std::string& name = slot.form.shape.name;
+    const bool is_absent = slot.form.type == nullptr;
     if (slot.is_complete()) continue;
     if (name == kEmbedding && !part_.embeds && has_own_head) continue;
-    if (name == kHead && slot.type == nullptr && Find(kEmbedding).is_complete()) continue;
-    if (name == kEmbedding && !part_.embeds && slot.type == nullptr) continue;  // the head is named
-    throw ModelError(name + (slot.type == nullptr ? " is missing" : " is not complete"));
+    if (name == kHead && is_absent && Find(kEmbedding).is_complete()) continue;
+    if (name == kEmbedding && !part_.embeds && is_absent) continue;  // the head is named
+    throw ModelError(name + (is_absent ? " is missing" : " is not complete"));
   }
+}
+
+SpanWeights Loading::Seal() {
+  CheckComplete();
   SpanWeights span;
-  if (part_.embeds) span.embedding = MatrixOf(kEmbedding);
+  if (part_.embeds) {
+    span.embedding = MatrixOf(kEmbedding);
+    span.embedding_packs = PacksOf({kEmbedding});
+  }
   for (size_t layer = part_.start; layer < part_.stop; ++layer) {
-    const auto matrix = [&](const char* name) { return MatrixOf(LayerTensor(layer, name)); };
-    const auto vector = [&](const char* name) { return VectorOf(LayerTensor(layer, name)); };
-    span.layers.push_back({vector("attn_norm"), matrix("attn_q"), matrix("attn_k"),
-                           matrix("attn_v"), matrix("attn_output"), vector("ffn_norm"),
-                           matrix("ffn_gate"), matrix("ffn_up"), matrix("ffn_down")});
+    std::vector<std::string> names;
+    for (const char* name : kLayerTensors) names.push_back(LayerTensor(layer, name));
+    const auto matrix = [&](size_t i) { return MatrixOf(names[i]); };
+    const auto vector = [&](size_t i) { return VectorOf(names[i]); };
+    span.layers.push_back({vector(0), matrix(1), matrix(2), matrix(3), matrix(4), vector(5),
+                           matrix(6), matrix(7), matrix(8), PacksOf(names)});
   }
   if (part_.has_head) {
+    const char* const head = Find(kHead).is_complete() ? kHead : kEmbedding;
     span.output_norm = VectorOf(kOutputNorm);
-    span.head = MatrixOf(has_own_head ? kHead : kEmbedding);
+    span.head = MatrixOf(head);
+    span.head_packs = PacksOf({kOutputNorm, head});
   }
   arena_.Seal();
   return span;
@@ -296,11 +322,22 @@ SpanWeights Loading::Seal() {
 
 Matrix Loading::MatrixOf(const std::string& name) const {
   const Slot& slot = Find(name);
-  return {slot.type->type, slot.shape.rows, slot.shape.cols, slot.place};
+  return {slot.form.type->type, slot.form.shape.rows, slot.form.shape.cols, slot.bytes()};
 }
 
 const float* Loading::VectorOf(const std::string& name) const {
-  return reinterpret_cast<const float*>(Find(name).place);
+  return reinterpret_cast<const float*>(Find(name).bytes());
+}
+
+// Each once.
+std::vector<PackFile*> Loading::PacksOf(const std::vector<std::string>& names) const {
+  std::vector<PackFile*> packs;
+  for (const std::string& name : names) {
+    PackFile* const pack = Find(name).pack;
+    if (pack == nullptr || std::find(packs.begin(), packs.end(), pack) != packs.end()) continue;
+    packs.push_back(pack);
+  }
+  return packs;
 }
 
 }  // namespace potluck

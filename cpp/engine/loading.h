@@ -1,4 +1,5 @@
-// How a span's tensors get into their packed places: from a file or from memory, in any order.
+// How a span's tensors get into their packed places: from a file, from memory, or mapped from a
+// pack, in any order.
 //
 // Knows GGUF's names of tensors and which a span needs, but no file format: the caller says where
 // a tensor's bytes are. Peak memory is the shard plus a slab of 8 rows a thread. Not for several
@@ -7,18 +8,29 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "engine/arena.h"
 #include "engine/config.h"
+#include "engine/pack_file.h"
+#include "engine/packing.h"
 #include "engine/pool.h"
 #include "engine/weight_file.h"
 #include "engine/weights.h"
 
 namespace potluck {
+
+// Where a tensor lies in a file, and what the file says of it.
+struct TensorSource {
+  std::string name;
+  std::string type_name;
+  size_t rows;
+  size_t cols;
+  uint64_t offset_bytes;
+};
 
 class Loading {
  public:
@@ -26,47 +38,53 @@ class Loading {
 
   // As the functions of Shard.
   std::vector<TensorShape> Matrices() const;
-  void PutFile(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,
-               size_t cols, const std::string& path, uint64_t offset_bytes);
+  void PutFile(Pool& pool, const TensorSource& source, const std::string& path);
   void Put(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,
            size_t cols, size_t first_row, const uint8_t* data, size_t size_bytes);
-  // All weights of the span, valid as long as this object. ModelError names what is missing.
+  std::string WritePack(Pool& pool, const std::string& pack, const std::string& path,
+                        const std::vector<TensorSource>& sources) const;
+  std::string MapPack(const std::string& pack, const std::string& path,
+                      const std::vector<TensorSource>& sources);
+  std::vector<std::string> DamagedPacks() const;
+  // All weights of the span, valid as long as this object and until MapPack is called again.
+  // ModelError names what is missing.
   SpanWeights Seal();
 
-  size_t used_bytes() const { return arena_.used_bytes(); }
+  size_t used_bytes() const;
 
  private:
   struct Slot {
-    TensorShape shape;
-    bool is_vector = false;
-    bool is_rotated = false;         // Q or K: rows are permuted within each head
-    const TypeInfo* type = nullptr;  // set by the first put
-    uint8_t* place = nullptr;        // panels, or f32 values of a vector
-    std::vector<bool> has_panel;     // by panel
+    TensorForm form;           // its type is set by the first put
+    uint8_t* place = nullptr;  // panels, or f32 values of a vector; of the arena
+    PackFile* pack = nullptr;  // or mapped, as its tensor `in_pack`
+    size_t in_pack = 0;
+    std::vector<bool> has_panel;  // by panel
     size_t n_panels_missing = 0;
     std::vector<uint8_t> pending;  // file rows of a rotated matrix until all have come
-    bool is_complete() const { return type != nullptr && n_panels_missing == 0; }
+    bool is_complete() const { return form.type != nullptr && n_panels_missing == 0; }
+    const uint8_t* bytes() const { return pack != nullptr ? pack->tensor(in_pack) : place; }
   };
-  using RowAt = std::function<const uint8_t*(size_t row)>;  // a packed row's bytes of the file
 
   void Add(const std::string& name, size_t rows, size_t cols);
   void AddLayer(size_t layer);
   const Slot& Find(const std::string& name) const;
-  Slot& Claim(const std::string& name, const std::string& type_name, size_t rows, size_t cols);
+  size_t Expected(const TensorSource& source) const;
+  TensorForm FormOf(const TensorSource& source) const;
+  Slot& Claim(const TensorSource& source);
   void CheckTied(const Slot& slot) const;
-  size_t FileRow(const Slot& slot, size_t row) const;
-  void ReadPanels(const Slot& slot, const WeightFile& file, uint64_t offset_bytes, size_t first,
-                  size_t last, uint8_t* slab) const;
-  void Pack(const Slot& slot, size_t panel, const RowAt& row_at) const;
   void PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row, const uint8_t* data);
+  PackPlan PlanOf(const std::vector<TensorSource>& sources, const WeightFile& file) const;
+  void CheckComplete() const;
   Matrix MatrixOf(const std::string& name) const;
   const float* VectorOf(const std::string& name) const;
+  std::vector<PackFile*> PacksOf(const std::vector<std::string>& names) const;
 
   Config config_;
   ShardPart part_;
   std::vector<Slot> slots_;                        // in the order of the model
   std::unordered_map<std::string, size_t> index_;  // of slots_, by name
   Arena arena_;
+  std::vector<std::unique_ptr<PackFile>> packs_;
 };
 
 }  // namespace potluck

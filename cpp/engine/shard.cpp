@@ -14,6 +14,7 @@
 #include "engine/kv.h"
 #include "engine/layer.h"
 #include "engine/loading.h"
+#include "engine/paging.h"
 #include "engine/rope.h"
 #include "engine/step.h"
 
@@ -80,6 +81,7 @@ struct Shard::State {
 
   std::vector<double> Forward(const Input& input, const std::vector<RowSpan>& rows, float* output,
                               size_t output_values);
+  void Seal();
   void CheckBuffers(const Input& input, size_t output_values) const;
   void TakeTokens(const Input& input);
   void Begin(Step& step, const Input& input);
@@ -100,6 +102,8 @@ struct Shard::State {
   Loading loading;
   bool is_sealed = false;
   SpanWeights span;
+  size_t resident_bytes = 0;
+  std::unique_ptr<Paging> paging;  // of span's packs, once it is sealed
   KvPages kv;
   Attention attention;
   Activations activations;
@@ -109,6 +113,12 @@ struct Shard::State {
   Batch batch;
   Failure failure;
 };
+
+void Shard::State::Seal() {
+  span = loading.Seal();
+  paging = std::make_unique<Paging>(span, resident_bytes);
+  is_sealed = true;
+}
 
 std::vector<double> Shard::State::Forward(const Input& input, const std::vector<RowSpan>& rows,
                                           float* output, size_t output_values) {
@@ -172,6 +182,7 @@ void Shard::State::Begin(Step& step, const Input& input) {
   attention.Plan(batch.sessions());
   TurnAngles(step, rope);
   if (part.embeds) {
+    paging->EnterEmbedding(pool, &progress);
     Embed(step, span.embedding, tokens.data());
   } else {
     std::copy_n(input.x, input.n_values, scratch.x.data());
@@ -182,8 +193,12 @@ void Shard::State::RunLayers(Step& step, std::vector<double>* seconds) {
   for (size_t layer = 0; layer < span.layers.size(); ++layer) {
     StopIfCancelled();
     const auto start = Clock::now();
-    if (batch.n_rows() > 0 && !RunLayer(step, span.layers[layer], layer)) {
-      Refuse("layer " + std::to_string(part.start + layer), failure.row());
+    if (batch.n_rows() > 0) {
+      paging->Enter(layer, pool, &progress);
+      if (!RunLayer(step, span.layers[layer], layer)) {
+        Refuse("layer " + std::to_string(part.start + layer), failure.row());
+      }
+      paging->Leave(layer);
     }
     seconds->push_back(SecondsSince(start));
   }
@@ -196,7 +211,9 @@ void Shard::State::GiveLogits(Step& step, float* output) {
     std::copy_n(scratch.x.data() + wanted[i] * config.dim, config.dim,
                 scratch.wanted.data() + i * config.dim);
   }
+  paging->Enter(span.layers.size(), pool, &progress);
   if (!RunHead(step, span, wanted.size(), output)) Refuse("head", wanted[failure.row()]);
+  paging->Leave(span.layers.size());
 }
 
 void Shard::State::GiveHidden(float* output) const {
@@ -230,7 +247,7 @@ void Shard::PutFile(const std::string& name, const std::string& type_name, size_
                     const std::string& path, uint64_t offset_bytes) {
   const Lock lock(state_->mutex);
   if (state_->is_sealed) throw ModelError(name + ": put after seal");
-  state_->loading.PutFile(state_->pool, name, type_name, rows, cols, path, offset_bytes);
+  state_->loading.PutFile(state_->pool, {name, type_name, rows, cols, offset_bytes}, path);
 }
 
 void Shard::Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
@@ -240,11 +257,39 @@ void Shard::Put(const std::string& name, const std::string& type_name, size_t ro
   state_->loading.Put(state_->pool, name, type_name, rows, cols, first_row, data, size_bytes);
 }
 
-void Shard::Seal() {
+std::string Shard::WritePack(const std::string& pack, const std::string& path,
+                             const std::vector<TensorSource>& sources) {
+  const Lock lock(state_->mutex);
+  return state_->loading.WritePack(state_->pool, pack, path, sources);
+}
+
+std::string Shard::MapPack(const std::string& pack, const std::string& path,
+                           const std::vector<TensorSource>& sources) {
+  const Lock lock(state_->mutex);
+  state_->paging.reset();  // it knows the packs of before
+  const auto seal_again = [&] {
+    if (state_->is_sealed) state_->Seal();
+  };
+  try {
+    std::string why = state_->loading.MapPack(pack, path, sources);
+    seal_again();
+    return why;
+  } catch (...) {
+    seal_again();
+    throw;
+  }
+}
+
+std::vector<std::string> Shard::DamagedPacks() const {
+  const Lock lock(state_->mutex);
+  return state_->loading.DamagedPacks();
+}
+
+void Shard::Seal(size_t resident_bytes) {
   const Lock lock(state_->mutex);
   if (state_->is_sealed) return;
-  state_->span = state_->loading.Seal();
-  state_->is_sealed = true;
+  state_->resident_bytes = resident_bytes;
+  state_->Seal();
 }
 
 void Shard::Open(uint64_t session, size_t max_tokens) {
@@ -304,6 +349,11 @@ const Config& Shard::config() const { return state_->config; }
 size_t Shard::shard_bytes() const {
   const Lock lock(state_->mutex);
   return state_->loading.used_bytes();
+}
+
+size_t Shard::n_streamed() const {
+  const Lock lock(state_->mutex);
+  return state_->paging ? state_->paging->n_streamed() : 0;
 }
 
 size_t Shard::scratch_bytes() const {

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "engine/batch.h"
 #include "engine/config.h"
 #include "engine/kernels/table.h"
+#include "engine/loading.h"
 #include "engine/pool.h"
 
 namespace potluck {
@@ -40,8 +42,20 @@ class Shard {
   // but for the last).
   void Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
            size_t first_row, const uint8_t* data, size_t size_bytes);
-  // Ends loading. ModelError names a tensor that is missing.
-  void Seal();
+  // Writes a pack of these tensors of the file at `path` and takes no memory for them. Why the pack
+  // could not be written (a full disk, say); empty: it is there. ModelError: as PutFile.
+  std::string WritePack(const std::string& pack, const std::string& path,
+                        const std::vector<TensorSource>& sources);
+  // Takes tensors from a pack that WritePack made of the same file. Why it can't be used (there is
+  // none, or it is not what would be written now), and then nothing has changed; empty: they are
+  // put. After Seal only in place of a pack of the same tensors. ModelError: as PutFile.
+  std::string MapPack(const std::string& pack, const std::string& path,
+                      const std::vector<TensorSource>& sources);
+  // Packs that a Forward found damaged.
+  std::vector<std::string> DamagedPacks() const;
+  // Ends loading. Of mapped packs so much may stay in memory; the rest is read from the disk in
+  // every step. ModelError names a tensor that is missing.
+  void Seal(size_t resident_bytes = std::numeric_limits<size_t>::max());
 
   // See kv.h: sessions and their pages.
   void Open(uint64_t session, size_t max_tokens);
@@ -56,8 +70,8 @@ class Shard {
   // UnknownSession. SessionError: skips positions or beyond the session's room. Full: a shared page
   // must be copied and none is free. FrameError: a value that is not finite (names layer and
   // session). UsageError: a token id outside the vocabulary, a session twice, wrong counts, not
-  // sealed. Cancelled. After an error no session has changed its length; rows at or above a
-  // start_position are then to be written again.
+  // sealed. Cancelled. DamagedPack: see there. After an error no session has changed its length;
+  // rows at or above a start_position are then to be written again.
   std::vector<double> Forward(const int32_t* input, size_t input_values,
                               const std::vector<RowSpan>& rows, float* output,
                               size_t output_values);
@@ -73,7 +87,8 @@ class Shard {
   bool embeds() const;
   bool has_head() const;
   const Config& config() const;
-  size_t shard_bytes() const;    // of packed weights
+  size_t shard_bytes() const;    // of packed weights, mapped ones included
+  size_t n_streamed() const;     // layers (and head) that are read from the disk in every step
   size_t scratch_bytes() const;  // of buffers for the largest batch so far
   size_t kv_bytes() const;       // budget, in whole pages
   size_t kv_used_bytes() const;  // reserved by open sessions

@@ -23,15 +23,35 @@ WeightFile::WeightFile(std::string path)
   if (descriptor_ < 0) throw ModelError(path_ + ": " + Reason(errno));
 }
 
-WeightFile::~WeightFile() { close(descriptor_); }
+WeightFile::~WeightFile() {
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+WeightFile::WeightFile(WeightFile&& other) noexcept
+    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+uint64_t WeightFile::size_bytes() const {
+  struct stat status = {};
+  const bool is_file = fstat(descriptor_, &status) == 0 && S_ISREG(status.st_mode);
+  return is_file ? static_cast<uint64_t>(status.st_size) : 0;
+}
+
+int64_t WeightFile::modified_ns() const {
+  struct stat status = {};
+  if (fstat(descriptor_, &status) != 0) return 0;
+#if defined(__APPLE__)
+  const struct timespec& time = status.st_mtimespec;
+#else
+  const struct timespec& time = status.st_mtim;
+#endif
+  return int64_t{time.tv_sec} * 1000000000 + time.tv_nsec;
+}
 
 void WeightFile::CheckHolds(const std::string& tensor, uint64_t offset_bytes,
                             uint64_t n_bytes) const {
-  struct stat status = {};
-  const bool is_file = fstat(descriptor_, &status) == 0 && S_ISREG(status.st_mode);
-  const uint64_t size_bytes = is_file ? static_cast<uint64_t>(status.st_size) : 0;
-  if (offset_bytes <= size_bytes && n_bytes <= size_bytes - offset_bytes) return;
-  throw ModelError(path_ + ": " + std::to_string(size_bytes) + " bytes, but " + tensor + " takes " +
+  const uint64_t size = size_bytes();
+  if (offset_bytes <= size && n_bytes <= size - offset_bytes) return;
+  throw ModelError(path_ + ": " + std::to_string(size) + " bytes, but " + tensor + " takes " +
                    std::to_string(n_bytes) + " at byte " + std::to_string(offset_bytes) +
                    "; is the file cut short?");
 }

@@ -13,8 +13,15 @@ class WeightFile {
   // ModelError: it can't be opened.
   explicit WeightFile(std::string path);
   ~WeightFile();
+  WeightFile(WeightFile&& other) noexcept;
   WeightFile(const WeightFile&) = delete;
   WeightFile& operator=(const WeightFile&) = delete;
+
+  const std::string& path() const { return path_; }
+  int descriptor() const { return descriptor_; }
+  // 0: not an ordinary file.
+  uint64_t size_bytes() const;
+  int64_t modified_ns() const;  // since 1970
 
   // ModelError names `tensor`: bytes [offset_bytes, offset_bytes + n_bytes) are not all there.
   void CheckHolds(const std::string& tensor, uint64_t offset_bytes, uint64_t n_bytes) const;

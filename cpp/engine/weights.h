@@ -10,6 +10,8 @@
 
 namespace potluck {
 
+class PackFile;
+
 // [rows, cols] in panels of 8 rows (pack.h).
 struct Matrix {
   WeightType type = WeightType::kF32;
@@ -32,6 +34,7 @@ struct LayerWeights {
   Matrix gate;                       // [ffn_dim, dim]
   Matrix up;                         // [ffn_dim, dim]
   Matrix down;                       // [dim, ffn_dim]
+  std::vector<PackFile*> packs;      // that hold any of these; of Loading
 };
 
 struct SpanWeights {
@@ -39,6 +42,8 @@ struct SpanWeights {
   std::vector<LayerWeights> layers;    // of the span
   const float* output_norm = nullptr;  // [dim], if it has the head
   Matrix head;                         // [vocab, dim], likewise; tied: the embedding itself
+  std::vector<PackFile*> embedding_packs;
+  std::vector<PackFile*> head_packs;  // of the norm too
 };
 
 }  // namespace potluck

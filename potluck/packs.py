@@ -1,0 +1,199 @@
+"""Packed weights on disk: where they lie, how much room they take, when they are made again.
+
+A pack holds a layer, the embedding or the head of one GGUF as the engine wants it in memory, so
+that a start maps it and packs nothing. It is a cache: whatever is wrong with one, it is made again,
+and where the disk refuses, the weights are kept in memory instead. A pack's path in the folder is
+`<sha256 of the GGUF's header>/<part>.<layout>.pack`. Several processes may use it at the same time:
+packs appear by renaming, and who has mapped one keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from potluck.engine import PACK_LAYOUT, Shard, TensorTuple
+from potluck.errors import ModelError
+from potluck.gguf import GgufFile, TensorInfo
+from potluck.model import EMBEDDING
+
+log = logging.getLogger(__name__)
+
+# Of the disk's room, what packs leave to others.
+RESERVE_BYTES = 2**30
+# A disk that returns other bytes than were written so often is not asked again.
+MOST_REPAIRS = 3
+_PAGE_BYTES = 64 * 1024  # tensors of a pack begin at multiples
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class PackFolder:
+    """Where packs lie, and the most room that all of them may take (None: what the disk has)."""
+
+    root: Path
+    space_bytes: int | None = None
+
+    def path_of(self, file: GgufFile, part: str) -> Path:
+        """The pack of a part (see `parts_of`) of a model."""
+        return self.root / file.header_sha256 / f"{part}.{PACK_LAYOUT}.pack"
+
+    def make_room(self, path: Path, n_bytes: int) -> str:
+        """Makes room for a pack at `path` and its folder; "", or why that is impossible.
+
+        Packs of other models go, those first that were not used for longest.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            others = [p for p in self.root.glob("*/*.pack") if p.parent != path.parent]
+            oldest_last = sorted(others, key=_used_at, reverse=True)
+            while (why := self._shortage(path, n_bytes)) and oldest_last:
+                oldest = oldest_last.pop()
+                log.info("%s makes room", oldest)
+                oldest.unlink(missing_ok=True)
+        except OSError as e:
+            return f"{e.filename}: {e.strerror}"
+        return why
+
+    def sweep(self) -> None:
+        """Removes what writers that died have left."""
+        for part in self.root.glob("*/*.pack.part-*"):
+            with contextlib.suppress(OSError), part.open("rb") as opened:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer holds this
+                part.unlink()
+
+    def _shortage(self, path: Path, n_bytes: int) -> str:
+        free_bytes = shutil.disk_usage(path.parent).free
+        if free_bytes < n_bytes + RESERVE_BYTES:
+            return f"{free_bytes} bytes of the disk are free, {n_bytes} and a reserve are needed"
+        if self.space_bytes is None:
+            return ""
+        held = sum(_size_of(p) for p in self.root.glob("*/*.pack") if p != path)
+        if held + n_bytes > self.space_bytes:
+            return f"packs may take {self.space_bytes} bytes, {held} are taken, {n_bytes} needed"
+        return ""
+
+
+def parts_of(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
+    """Tensors by the pack that holds them: "embedding", "layer-N", "head"."""
+    parts: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        layer = _LAYER.match(tensor.name)
+        end = "embedding" if tensor.name == EMBEDDING else "head"
+        parts.setdefault(f"layer-{layer[1]}" if layer else end, []).append(tensor)
+    return parts
+
+
+def pack_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """What a pack of these takes on disk: their size in the GGUF and a few pages."""
+    size = _PAGE_BYTES  # the header
+    for t in tensors:
+        rows = -(-t.rows // 8) * 8 if t.rows > 1 else 1  # of the last panel too; vectors have none
+        size += -(-(t.size_bytes // t.rows * rows) // _PAGE_BYTES) * _PAGE_BYTES
+    return size
+
+
+class MappedWeights:
+    """The tensors of one shard as packs. For the thread that calls the shard."""
+
+    def __init__(
+        self, shard: Shard, file: GgufFile, tensors: Iterable[TensorInfo], packs: PackFolder
+    ) -> None:
+        self._shard = shard
+        self._file = file
+        self._packs = packs
+        self._parts = {
+            str(packs.path_of(file, part)): members for part, members in parts_of(tensors).items()
+        }
+        self._repairs: Counter[str] = Counter()
+
+    def load(self, on_progress: Callable[[int, str], None], resident_bytes: int) -> None:
+        """Maps or makes each pack and seals the shard; `resident_bytes` of all may stay in memory.
+
+        on_progress gets the bytes done so far and the tensor just read; what it raises ends the
+        loading. Raises ModelError: a tensor is missing, not of the span, cut short or damaged; or
+        packs can't be written and memory has no room for them.
+        """
+        self._packs.sweep()
+        done_bytes, refused = 0, ""
+        for path, tensors in self._parts.items():
+            n_bytes = sum(tensor.size_bytes for tensor in tensors)
+            if why := self._map(path) and self._make(path):
+                if n_bytes > resident_bytes:
+                    raise ModelError(
+                        f"{path} can't be written ({why}), and its {n_bytes} bytes do not fit into"
+                        f" the {resident_bytes} of memory that are left",
+                        remedy="make room on that disk, or set POTLUCK_CACHE to another one",
+                    )
+                resident_bytes -= n_bytes
+                self._keep_in_memory(tensors)
+                refused = refused or f"{path} can't be written: {why}"
+            done_bytes += n_bytes
+            on_progress(done_bytes, tensors[-1].name)
+        if refused:
+            log.warning("%s; what is not on disk is kept in memory", refused)
+        self._shard.seal(resident_bytes)
+
+    def repair(self) -> None:
+        """Makes the packs again that a forward found damaged.
+
+        Raises ModelError if they can't be written, or are damaged again and again.
+        """
+        for path in self._shard.damaged_packs():
+            self._repairs[path] += 1
+            if self._repairs[path] > MOST_REPAIRS:
+                raise ModelError(f"{path}: the disk returns other bytes than were written")
+            log.warning("%s was damaged and is made again", path)
+            if why := self._make(path):
+                raise ModelError(f"{path} is damaged and can't be made again: {why}")
+
+    def _map(self, path: str) -> str:
+        """Takes the tensors from a pack that is there; "", or why not."""
+        why = self._shard.map_pack(path, str(self._file.path), self._sources(path))
+        if not why:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # when it was last used
+        elif Path(path).exists():
+            log.info("%s is made again: %s", path, why)
+        return why
+
+    def _make(self, path: str) -> str:
+        """Writes a pack and takes the tensors from it; "", or why that was impossible."""
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        return (
+            self._packs.make_room(Path(path), pack_bytes(self._parts[path]))
+            or self._shard.write_pack(path, str(self._file.path), self._sources(path))
+            or self._map(path)
+        )
+
+    def _keep_in_memory(self, tensors: list[TensorInfo]) -> None:
+        for t in tensors:
+            self._shard.put_file(
+                t.name, t.type_name, t.rows, t.cols, str(self._file.path), t.offset_bytes
+            )
+
+    def _sources(self, path: str) -> list[TensorTuple]:
+        return [(t.name, t.type_name, t.rows, t.cols, t.offset_bytes) for t in self._parts[path]]
+
+
+def _used_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process removed it
+        return 0.0
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

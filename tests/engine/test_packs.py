@@ -1,0 +1,398 @@
+"""Packed weights on disk: the same bits, made again when damaged, in memory where disks refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from potluck import catalogue, engine, gguf, model, packs
+from potluck.errors import DamagedPack, ModelError
+from potluck.packs import MappedWeights, PackFolder
+from potluck.plan import Span
+from potluck.testing import TinyShape, write_tiny
+
+F32 = npt.NDArray[np.float32]
+EVERYTHING = 2**40
+IDS = np.arange(3, 40, dtype=np.int32)
+
+
+@dataclass
+class Loader:
+    """Loads spans of one tiny model and runs them."""
+
+    file: gguf.GgufFile
+    machine: engine.Engine
+
+    def __post_init__(self) -> None:
+        self.config = model.config_of(self.file)
+        self.n_layers = self.config.n_layers
+
+    def empty(self, start: int, stop: int) -> tuple[engine.Shard, list[gguf.TensorInfo]]:
+        ends = {"embeds": start == 0, "has_head": stop == self.n_layers}
+        config = engine.config_for(self.config)
+        shard = engine.Shard(self.machine, config, start, stop, kv_bytes=2**20, **ends)
+        return shard, model.span_tensors(self.file, self.config, Span(start, stop), **ends)
+
+    def in_memory(self) -> F32:
+        shard, tensors = self.empty(0, self.n_layers)
+        engine.load(shard, self.file, tensors, lambda _: None)
+        return self.logits(shard)
+
+    def mapped(
+        self,
+        folder: PackFolder,
+        resident_bytes: int = EVERYTHING,
+        span: tuple[int, int] | None = None,
+    ) -> tuple[engine.Shard, MappedWeights]:
+        shard, tensors = self.empty(*(span or (0, self.n_layers)))
+        weights = MappedWeights(shard, self.file, tensors, folder)
+        weights.load(lambda *_: None, resident_bytes)
+        return shard, weights
+
+    def logits(self, shard: engine.Shard) -> F32:
+        shard.close(1)
+        shard.open(1, len(IDS))
+        out = np.empty((len(IDS), self.config.vocab), np.float32)
+        for at in range(0, len(IDS), 16):
+            n = len(IDS[at : at + 16])
+            rows = [engine.RowSpan(1, at, n, n)]
+            shard.forward(IDS[at : at + 16], rows, out[at : at + 16])
+        return out
+
+
+@pytest.fixture(scope="module")
+def machine() -> engine.Engine:
+    return engine.Engine(2)
+
+
+@pytest.fixture
+def loader(tmp_path: Path, machine: engine.Engine) -> Loader:
+    shape = TinyShape(n_layers=4)
+    return Loader(gguf.read(write_tiny(tmp_path / "tiny.gguf", shape)), machine)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PackFolder:
+    return PackFolder(tmp_path / "packs")
+
+
+def names(folder: PackFolder) -> list[str]:
+    return sorted(p.name for p in folder.root.glob("*/*"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("resident_bytes", [0, 10**6, EVERYTHING])
+def test_every_start_gives_the_bits_of_weights_in_memory(
+    tmp_path: Path, machine: engine.Engine, folder: PackFolder, resident_bytes: int, *, tied: bool
+) -> None:
+    shape = TinyShape("q6_k", dim=256, n_layers=4, head_dim=64, ffn_dim=256, tied=tied)
+    loader = Loader(gguf.read(write_tiny(tmp_path / "tiny.gguf", shape)), machine)
+    expected = loader.in_memory()
+    assert np.std(expected) > 0.1
+    stamps = set()
+    for _ in range(3):
+        shard, _weights = loader.mapped(folder, resident_bytes)
+        stamps.add(tuple(p.stat().st_ino for p in sorted(folder.root.glob("*/*"))))
+        np.testing.assert_array_equal(loader.logits(shard), expected)
+        assert (shard.n_streamed > 0) == (resident_bytes < EVERYTHING)
+    assert len(stamps) == 1  # later starts wrote nothing
+    assert names(folder) == ["embedding.P8k4.pack", "head.P8k4.pack"] + [
+        f"layer-{i}.P8k4.pack" for i in range(4)
+    ]
+
+
+def test_the_room_that_a_pack_takes_is_known_before(loader: Loader, folder: PackFolder) -> None:
+    _shard, tensors = loader.empty(0, loader.n_layers)
+    loader.mapped(folder)
+    for part, members in packs.parts_of(tensors).items():
+        assert folder.path_of(loader.file, part).stat().st_size == packs.pack_bytes(members)
+
+
+def test_a_layer_moves_to_another_span_without_packing(loader: Loader, folder: PackFolder) -> None:
+    loader.mapped(folder, span=(0, 3))
+    before = {p.name: p.stat().st_ino for p in folder.root.glob("*/*")}
+    loader.mapped(folder, span=(2, 4))
+    after = {p.name: p.stat().st_ino for p in folder.root.glob("*/*")}
+    assert after.items() > before.items()
+    assert set(after) - set(before) == {"layer-3.P8k4.pack", "head.P8k4.pack"}
+
+
+@pytest.mark.parametrize("kind", ["header", "short", "empty", "another model", "no file"])
+def test_a_pack_that_is_not_right_is_made_again_with_one_line(
+    loader: Loader, folder: PackFolder, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = loader.logits(loader.mapped(folder)[0])
+    path = folder.path_of(loader.file, "layer-2")
+    right = path.read_bytes()
+    path.unlink()
+    match kind:
+        case "header":
+            path.write_bytes(right[:40] + b"\xff" + right[41:])
+        case "short":
+            path.write_bytes(right[:-9])
+        case "empty":
+            path.write_bytes(b"")
+        case "another model":
+            path.write_bytes(folder.path_of(loader.file, "layer-1").read_bytes())
+        case _:
+            path.mkdir()
+            path.rmdir()
+    caplog.set_level(logging.INFO, "potluck.packs")
+    shard, _weights = loader.mapped(folder)
+    assert len(caplog.records) == (kind != "no file")
+    assert path.read_bytes() == right
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+
+
+def test_a_model_that_was_written_again_is_packed_again(
+    loader: Loader, folder: PackFolder, tmp_path: Path
+) -> None:
+    loader.mapped(folder)
+    other = write_tiny(tmp_path / "other.gguf", TinyShape(n_layers=4, seed=2)).read_bytes()
+    mine = (tmp_path / "tiny.gguf").read_bytes()
+    assert len(other) == len(mine)
+    header = loader.file.data_offset_bytes
+    (tmp_path / "tiny.gguf").write_bytes(mine[:header] + other[header:])
+    new = Loader(gguf.read(tmp_path / "tiny.gguf"), loader.machine)
+    assert new.file.header_sha256 == loader.file.header_sha256
+    np.testing.assert_array_equal(new.logits(new.mapped(folder)[0]), new.in_memory())
+
+
+def test_contents_that_changed_are_made_again_and_the_step_repeated(
+    loader: Loader, folder: PackFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = loader.logits(loader.mapped(folder)[0])
+    for part in ("embedding", "layer-0", "layer-3", "head"):
+        path = folder.path_of(loader.file, part)
+        data = bytearray(path.read_bytes())
+        data[64 * 1024 + 7] ^= 1
+        path.unlink()
+        path.write_bytes(data)
+    shard, weights = loader.mapped(folder)
+    for _ in range(4):
+        with pytest.raises(DamagedPack, match="is not what was written"):
+            loader.logits(shard)
+        weights.repair()
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+    assert shard.damaged_packs() == []
+    assert len(caplog.records) == 4
+    # The disk has them right, too.
+    np.testing.assert_array_equal(loader.logits(loader.mapped(folder)[0]), expected)
+
+
+def test_a_disk_that_never_returns_what_was_written_ends_in_an_error(
+    loader: Loader, folder: PackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.path_of(loader.file, "layer-1")
+
+    def damage() -> None:
+        data = bytearray(path.read_bytes())
+        data[64 * 1024 + 7] ^= 1
+        path.unlink()
+        path.write_bytes(data)
+
+    loader.mapped(folder)
+    damage()
+    shard, weights = loader.mapped(folder)
+    real = weights._map
+
+    def map_damaged(path_: str) -> str:
+        damage()
+        return real(path_)
+
+    monkeypatch.setattr(weights, "_map", map_damaged)
+    for _ in range(packs.MOST_REPAIRS):
+        with pytest.raises(DamagedPack):
+            loader.logits(shard)
+        weights.repair()
+    with pytest.raises(DamagedPack):
+        loader.logits(shard)
+    with pytest.raises(ModelError, match="the disk returns other bytes"):
+        weights.repair()
+
+
+def test_where_nothing_can_be_written_weights_are_kept_in_memory(
+    loader: Loader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    shard, _weights = loader.mapped(PackFolder(tmp_path / "file"))
+    np.testing.assert_array_equal(loader.logits(shard), loader.in_memory())
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "what is not on disk is kept in memory" in caplog.text
+    with pytest.raises(ModelError, match="do not fit into the 1000 of memory"):
+        loader.mapped(PackFolder(tmp_path / "file"), resident_bytes=1000)
+
+
+def test_a_full_disk_is_no_failure(
+    loader: Loader, folder: PackFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine's own words for it; a limit of the process stands for the disk."""
+    script = f"""
+import resource, signal, logging
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from potluck import engine, gguf, model, packs
+from potluck.plan import Span
+from pathlib import Path
+logging.basicConfig()
+file = gguf.read({str(loader.file.path)!r})
+config = model.config_of(file)
+shard = engine.Shard(engine.Engine(2), engine.config_for(config), 0, 4, embeds=True, has_head=True,
+                     kv_bytes=2**20)
+tensors = model.span_tensors(file, config, Span(0, 4), embeds=True, has_head=True)
+folder = packs.PackFolder(Path({str(folder.root)!r}))
+packs.MappedWeights(shard, file, tensors, folder).load(lambda *_: None, 2**40)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    assert "File too large" in done.stderr
+    assert not list(folder.root.glob("*/*.part-*"))
+
+
+def test_packs_take_no_more_room_than_allowed_and_the_oldest_go_first(
+    loader: Loader, folder: PackFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = loader.logits(loader.mapped(folder)[0])
+    own = sum(p.stat().st_size for p in folder.root.glob("*/*"))
+    others = []
+    for i in range(4):
+        other = folder.root / f"other{i}" / "layer-0.P8k4.pack"
+        other.parent.mkdir()
+        other.write_bytes(bytes(200_000))
+        os.utime(other, (i, i))
+        others.append(other)
+    for pack in folder.root.glob(f"{loader.file.header_sha256}/*"):
+        pack.unlink()
+    small = PackFolder(folder.root, own + 450_000)
+    shard, _weights = loader.mapped(small)
+    assert [p.exists() for p in others] == [False, False, True, True]
+    assert sum(p.stat().st_size for p in folder.root.glob("*/*")) <= own + 450_000
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+    # Too little for this model alone: some of it stays in memory, and nothing of it is thrown out.
+    for pack in folder.root.glob(f"{loader.file.header_sha256}/*"):
+        pack.unlink()
+    caplog.clear()
+    shard, _weights = loader.mapped(PackFolder(folder.root, own // 2))
+    assert sum(p.stat().st_size for p in folder.root.glob("*/*")) <= own // 2
+    assert 0 < len(names(folder)) < 6
+    assert "packs may take" in caplog.text
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+
+
+def test_the_disk_is_never_filled(
+    loader: Loader, folder: PackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs, "RESERVE_BYTES", 2**60)
+    loader.mapped(folder)
+    assert names(folder) == []
+
+
+def test_what_dead_writers_left_goes_and_what_others_write_stays(
+    loader: Loader, folder: PackFolder
+) -> None:
+    parent = folder.path_of(loader.file, "head").parent
+    parent.mkdir(parents=True)
+    (parent / "layer-0.P8k4.pack.part-abcdef").write_bytes(b"x")
+    with (parent / "layer-1.P8k4.pack.part-ghijkl").open("wb") as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        loader.mapped(folder)
+        assert [n for n in names(folder) if "part" in n] == ["layer-1.P8k4.pack.part-ghijkl"]
+    loader.mapped(folder)
+    assert not any("part" in n for n in names(folder))
+
+
+def test_a_removed_model_takes_its_packs_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
+    models = catalogue.models_folder() / "mine"
+    models.mkdir(parents=True)
+    path = write_tiny(models / "mine.gguf")
+    size = path.stat().st_size
+    kept = PackFolder(catalogue.packs_folder())
+    for sha, n_bytes in ((gguf.read(path).header_sha256, 1000), ("0" * 64, 7)):
+        (kept.root / sha).mkdir(parents=True)
+        (kept.root / sha / "layer-0.P8k4.pack").write_bytes(bytes(n_bytes))
+    assert catalogue.remove("mine") == size + 1000
+    assert [p.name for p in kept.root.iterdir()] == ["0" * 64]
+
+
+LARGER_THAN_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+import numpy as np
+from potluck import engine, gguf, model, packs
+from potluck.plan import Span
+
+ROOM = 64 * 2**20  # of memory; the weights are twice that
+
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+file = gguf.read(sys.argv[1])
+config = model.config_of(file)
+tensors = model.span_tensors(file, config, Span(0, 8), embeds=True, has_head=True)
+assert sum(t.size_bytes for t in tensors) > 2 * ROOM
+machine = engine.Engine(2)
+limit = status("VmData") + ROOM
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+def empty():
+    return engine.Shard(machine, engine.config_for(config), 0, 8, embeds=True, has_head=True,
+                        kv_bytes=2**20)
+
+try:
+    engine.load(empty(), file, tensors, lambda _: None)
+    sys.exit("the limit does not bind")
+except MemoryError:
+    pass
+before = status("VmRSS")
+shard = empty()
+folder = packs.PackFolder(Path(sys.argv[2]))
+packs.MappedWeights(shard, file, tensors, folder).load(lambda *_: None, ROOM)
+shard.open(1, 64)
+logits = np.empty((4, config.vocab), np.float32)
+for at in range(4):
+    row = [engine.RowSpan(1, at, 1, 1)]
+    shard.forward(np.array([7 + at], np.int32), row, logits[at:at + 1])
+assert shard.n_streamed > 0
+grown = status("VmHWM") - before
+assert grown < ROOM + 8 * 2**20, grown
+sys.stdout.buffer.write(logits.tobytes())
+"""
+
+
+def test_a_shard_twice_as_large_as_memory_runs_and_gives_the_same_bits(
+    tmp_path: Path, machine: engine.Engine
+) -> None:
+    shape = TinyShape("f32", dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64)
+    shape = dataclasses.replace(shape, ffn_dim=2048)
+    path = write_tiny(tmp_path / "large.gguf", shape)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGER_THAN_MEMORY, str(path), str(tmp_path / "packs")],
+        capture_output=True,
+        check=False,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    loader = Loader(gguf.read(path), machine)
+    shard, tensors = loader.empty(0, 8)
+    engine.load(shard, loader.file, tensors, lambda _: None)
+    shard.open(1, 64)
+    expected = np.empty((4, loader.config.vocab), np.float32)
+    for at in range(4):
+        ids, row = np.array([7 + at], np.int32), [engine.RowSpan(1, at, 1, 1)]
+        shard.forward(ids, row, expected[at : at + 1])
+    assert done.stdout == expected.tobytes()
