@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def serve(settings: Settings) -> None:
     """Measures the machine, opens the door, joins, and works until told to stop."""
     # Only now: a wrong command line is answered without the engine, which may not be built.
+    from potluck import catalogue, packs
     from potluck.engine import Engine
     from worker.membership import Membership
     from worker.probe import Memory, machine_of
@@ -48,12 +49,15 @@ async def serve(settings: Settings) -> None:
 
     told = asyncio.Event()
     _listen(told, stop_with_stdin=settings.stop_with_stdin)
-    memory = Memory(settings.memory_bytes)
+    folder = None
+    if settings.weights == "mmap":
+        folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes)
+    memory = Memory(settings.memory_bytes, maps_weights=folder is not None)
     engine = await asyncio.to_thread(Engine, settings.threads, settings.isa)
-    free_bytes = memory.now().free_bytes
+    free_bytes = memory.now().room_bytes
     machine = await asyncio.to_thread(machine_of, engine, free_bytes)
     async with asyncio.TaskGroup() as tasks:
-        worker = Worker(engine, machine, memory, tasks)
+        worker = Worker(engine, machine, memory, tasks, folder)
         try:
             async with open_door(worker, settings.host, settings.port) as address:
                 membership = Membership(

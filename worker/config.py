@@ -13,6 +13,8 @@ from potluck.errors import UsageError
 from potluck.rpc import PROTOCOL, options
 
 DEFAULT_HOST = "127.0.0.1"
+# In memory of the process, or in files of the cache that are mapped (potluck/packs.py).
+WEIGHTS = ("arena", "mmap")
 _ID = re.compile(r"[a-z0-9-]{1,32}")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -29,6 +31,8 @@ class Settings:
     threads: int = 0  # 0: as many as affinity and cgroup quota allow
     isa: str = "auto"
     memory_bytes: int | None = None  # None: what is free
+    weights: str = "arena"  # where they are while the worker runs; one of WEIGHTS
+    pack_space_bytes: int | None = None  # of weights on disk; None: what the disk has
     stop_with_stdin: bool = False
     log_level: str = "info"
 
@@ -43,6 +47,10 @@ class Settings:
         ):
             if not low <= value <= high:
                 raise UsageError(f"{name}: {low} to {high}, not {value}")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights: {' or '.join(WEIGHTS)}, not {self.weights!r}")
+        if self.pack_space_bytes is not None and self.weights != "mmap":
+            raise UsageError("--pack-space goes with --weights mmap: else nothing is on disk")
 
 
 def settings_of(arguments: Sequence[str] | None = None) -> Settings:
@@ -62,6 +70,19 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--threads", type=int, default=0, metavar="N", help="of the engine; 0: all cores allowed")
     add("--isa", default="auto", metavar="NAME", help="kernel table; auto: the best of this CPU")
     add("--memory", type=_size, metavar="SIZE", help="most memory to take, such as '2 GiB'")
+    add(
+        "--weights",
+        default="arena",
+        choices=WEIGHTS,
+        help="arena: kept in memory; mmap: written to the cache once and mapped, so that the next"
+        " start is quick and a shard may be larger than memory",
+    )
+    add(
+        "--pack-space",
+        type=_size,
+        metavar="SIZE",
+        help="most disk space for mmap (default: all but 1 GiB)",
+    )
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     version = f"potluck {__version__}, protocol {PROTOCOL}"
@@ -76,6 +97,8 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         threads=given.threads,
         isa=given.isa,
         memory_bytes=given.memory,
+        weights=given.weights,
+        pack_space_bytes=given.pack_space,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,
     )

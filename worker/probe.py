@@ -32,28 +32,43 @@ class MemoryNow:
     """One reading. `free_bytes` is never negative."""
 
     total_bytes: int  # the most that this worker could ever have
-    free_bytes: int  # what more it may take
+    free_bytes: int  # what more it may take: weights and KV
+    room_bytes: int  # of that, what memory has room for; less only if weights are mapped
     resident_bytes: int  # of this process
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of this process's machine, cgroup and `limit_bytes`; `root` is / but in tests."""
+    """Memory of this process's machine, cgroup and `limit_bytes`; `root` is / but in tests.
+
+    Mapped weights are on disk, and the system keeps of them what fits. So pages of files count as
+    free, and `limit_bytes` bounds what is held and may be more than the machine has.
+    """
 
     limit_bytes: int | None = None  # what the person allowed this worker
     root: Path = Path("/")
+    maps_weights: bool = False
 
-    def now(self) -> MemoryNow:
-        """Reads some small files of the system; takes 0.1 ms."""
+    def now(self, mapped_bytes: int = 0) -> MemoryNow:
+        """Reads some small files of the system; takes 0.1 ms. `mapped_bytes`: of weights, held."""
         system = self._meminfo()
-        pages = (self.root / "proc/self/statm").read_text(encoding="ascii").split()[1]
-        resident_bytes = int(pages) * os.sysconf("SC_PAGE_SIZE")
+        statm = (self.root / "proc/self/statm").read_text(encoding="ascii").split()
+        resident_bytes, file_bytes = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in statm[1:3])
         limits = list(self._cgroups())
-        if self.limit_bytes is not None:
-            limits.append((self.limit_bytes, resident_bytes))
+        total_bytes = min([system["MemTotal"], *(limit for limit, _ in limits)])
+        room_bytes = min([system["MemAvailable"], *(lim - used for lim, used in limits)])
+        free_bytes = room_bytes
+        if (most := self.limit_bytes) is not None:
+            left = most - resident_bytes + (file_bytes if self.maps_weights else 0)
+            room_bytes = min(room_bytes, left)
+            free_bytes = left if self.maps_weights else room_bytes
+            total_bytes = most if self.maps_weights else min(total_bytes, most)
+        if self.maps_weights:
+            free_bytes -= mapped_bytes
         return MemoryNow(
-            total_bytes=min([system["MemTotal"], *(limit for limit, _ in limits)]),
-            free_bytes=max(0, min([system["MemAvailable"], *(lim - used for lim, used in limits)])),
+            total_bytes=total_bytes,
+            free_bytes=max(0, free_bytes),
+            room_bytes=max(0, room_bytes),
             resident_bytes=resident_bytes,
         )
 
@@ -66,17 +81,25 @@ class Memory:
     def _cgroups(self) -> Iterator[tuple[int, int]]:
         """(limit, used) of each cgroup around this process that has a limit."""
         for folder in cgroup_folders(self.root, "memory"):
-            for limit_name, used_name, cache in _MEMORY_FILES:
+            for limit_name, used_name, *caches in _MEMORY_FILES:
                 limit, used = _number(folder / limit_name), _number(folder / used_name)
                 # v1 says "no limit" with a number near 2^63.
                 if limit is not None and used is not None and limit < 2**60:
-                    yield limit, max(0, used - _statistic(folder / "memory.stat", cache))
+                    pages = caches if self.maps_weights else caches[:1]
+                    free = sum(_statistic(folder / "memory.stat", name) for name in pages)
+                    yield limit, max(0, used - free)
 
 
-# Limit, use, and the part of the use that the system would give back at once: file pages.
+# Limit, use, and the part of the use that the system would give back at once: file pages, those
+# that nobody has used for a while and the others.
 _MEMORY_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", "inactive_file", "active_file"),
+    (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+        "total_active_file",
+    ),
 )
 
 

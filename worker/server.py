@@ -21,6 +21,7 @@ import grpc.aio
 
 from potluck import __version__, engine, wire
 from potluck.errors import Cancelled, PotluckError, StepError, UsageError
+from potluck.packs import PackFolder
 from potluck.plan import Span
 from potluck.rpc import PROTOCOL, options, status
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2, worker_pb2_grpc
@@ -44,11 +45,17 @@ UNUSED_SECONDS = 5.0  # an epoch without a step, after which sessions of the one
 class Worker(worker_pb2_grpc.WorkerServicer):
     """One worker: an engine, at most one stage, and the streams of the stage before it.
 
-    `name` is the id that the coordinator gave, empty before. `tasks` outlives every stage.
+    `name` is the id that the coordinator gave, empty before. `tasks` outlives every stage. Without
+    `packs` weights are kept in memory; with them they are mapped.
     """
 
     def __init__(
-        self, engine_: engine.Engine, machine: Machine, memory: Memory, tasks: asyncio.TaskGroup
+        self,
+        engine_: engine.Engine,
+        machine: Machine,
+        memory: Memory,
+        tasks: asyncio.TaskGroup,
+        packs: PackFolder | None = None,
     ) -> None:
         self.name = ""
         self.machine = machine
@@ -56,6 +63,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self.is_loading = False
         self.n_steps = 0  # of earlier stages
         self._engine = engine_
+        self._packs = packs
         self._tasks = tasks
         self._thread = EngineThread()
         self._stage: Stage | None = None
@@ -133,8 +141,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 
     async def resources(self) -> types_pb2.Resources:
         """What a shard and its KV may take: what is free, and what this one's shard would free."""
-        memory = await asyncio.to_thread(self.memory.now)
         held = self._stage.shard.shard_bytes if self._stage else 0
+        memory = await asyncio.to_thread(self.memory.now, held)
         return types_pb2.Resources(
             machine=self.machine.name,
             platform=self.machine.platform,
@@ -165,8 +173,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 
     async def heartbeat(self, instance: int) -> cluster_pb2.HeartbeatRequest:
         """How this worker is now."""
-        memory = await asyncio.to_thread(self.memory.now)
         stage = self._stage
+        held = stage.shard.shard_bytes if stage else 0
+        memory = await asyncio.to_thread(self.memory.now, held)
         state = cluster_pb2.WORKER_STATE_READY if stage else cluster_pb2.WORKER_STATE_JOINING
         beat = cluster_pb2.HeartbeatRequest(
             worker=self.name,
@@ -246,7 +255,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """Another shard, or the same one for a new epoch."""
         file, config = await asyncio.to_thread(find, order)
         check(order, config)
-        shard = Shard(self._engine, self.name, order, file, config)
+        shard = Shard(self._engine, self.name, order, file, config, self._packs)
         budget = KvBudget.of_bytes(order.kv_bytes, shard.bytes_per_token, order.max_sessions)
         before = await self._drop_stage()
         self._fence = request.epoch
@@ -255,7 +264,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         else:
             if before is not None:  # its memory goes back before the new one's is taken
                 await self._thread.run(before.free)
-            shard.check_memory((await asyncio.to_thread(self.memory.now)).free_bytes)
+            memory = await asyncio.to_thread(self.memory.now)
+            shard.check_memory(memory.free_bytes, memory.room_bytes)
             async with contextlib.aclosing(self._fill(shard)) as progress:
                 async for message in progress:
                     yield message

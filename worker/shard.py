@@ -18,6 +18,7 @@ import numpy.typing as npt
 from potluck import catalogue, engine, gguf, model, sampling
 from potluck.errors import (
     Cancelled,
+    DamagedPack,
     FrameError,
     Full,
     ModelError,
@@ -29,6 +30,7 @@ from potluck.errors import (
 )
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.model import KvType, ModelConfig
+from potluck.packs import MappedWeights, PackFolder, parts_of
 from potluck.plan import Span
 from potluck.rpc import status
 from potluck.rpc.v1 import types_pb2
@@ -37,6 +39,9 @@ from potluck.wire import Hidden
 from worker.sessions import RowsWork, StepWork
 
 log = logging.getLogger(__name__)
+
+# Beside mapped weights and KV: the buffers of the largest batch, a slab a thread.
+SCRATCH_BYTES = 150 * 10**6
 
 _NAMED_SESSION = re.compile(r"\bsession (\d+)\b")
 
@@ -114,10 +119,16 @@ def check(order: Order, config: ModelConfig) -> None:
 
 
 class Shard:
-    """One span: made, loaded, run, freed, in this order."""
+    """One span: made, loaded, run, freed, in this order. `packs` None: weights in memory only."""
 
     def __init__(
-        self, engine_: engine.Engine, worker: str, order: Order, file: GgufFile, config: ModelConfig
+        self,
+        engine_: engine.Engine,
+        worker: str,
+        order: Order,
+        file: GgufFile,
+        config: ModelConfig,
+        packs: PackFolder | None = None,
     ) -> None:
         self.order = order
         self.config = config
@@ -132,18 +143,32 @@ class Shard:
         # Kept here: the engine's own properties wait while a step is in it.
         self.shard_bytes = 0  # of packed weights
         self.kv_bytes = 0  # budget, in whole pages
+        self._packs = packs
+        self._mapped: MappedWeights | None = None
+        self._resident_bytes = 0  # of mapped weights: what may stay in memory
         self._shard: engine.Shard | None = None
         self._buffer: npt.NDArray[np.float32] = np.empty(0, np.float32)
 
-    def check_memory(self, free_bytes: int) -> None:
-        """Raises Full if weights and KV do not fit."""
-        needed = self.weights_bytes + self.order.kv_bytes
+    def check_memory(self, free_bytes: int, room_bytes: int) -> None:
+        """Raises Full if weights and KV are more than `free_bytes`, or what must be in memory of
+        mapped ones is more than `room_bytes`.
+        """
+        order = self.order
+        needed = self.weights_bytes + order.kv_bytes
         if needed > free_bytes:
-            parts = f"weights {_gib(self.weights_bytes)}, KV {_gib(self.order.kv_bytes)}"
+            parts = f"weights {_gib(self.weights_bytes)}, KV {_gib(order.kv_bytes)}"
             raise Full(
-                f"layers {self.order.span} need {_gib(needed)} GiB ({parts}),"
+                f"layers {order.span} need {_gib(needed)} GiB ({parts}),"
                 f" {_gib(free_bytes)} GiB are free",
                 remedy="add a worker, lower --context, or give this one more --memory",
+            )
+        self._resident_bytes = room_bytes - order.kv_bytes - SCRATCH_BYTES
+        least = 2 * max(sum(t.size_bytes for t in part) for part in parts_of(self.tensors).values())
+        if self._packs is not None and self._resident_bytes < least:
+            raise Full(
+                f"{_gib(room_bytes)} GiB of memory are free: too little for KV"
+                f" ({_gib(order.kv_bytes)} GiB) and two layers at a time ({_gib(least)} GiB)",
+                remedy="lower --context or --max-sessions, or free some memory",
             )
 
     def load(self, on_progress: Callable[[int, str], None]) -> None:
@@ -151,14 +176,7 @@ class Shard:
 
         Raises ModelError.
         """
-        order, reading = self.order, ""
-
-        def named(tensors: list[TensorInfo]) -> Iterator[TensorInfo]:
-            nonlocal reading
-            for tensor in tensors:
-                reading = tensor.name
-                yield tensor
-
+        order = self.order
         shard = engine.Shard(
             self._engine,
             engine.config_for(self.config),
@@ -169,9 +187,26 @@ class Shard:
             kv_bytes=order.kv_bytes,
             max_sessions=order.max_sessions,
         )
-        engine.load(shard, self.file, named(self.tensors), lambda done: on_progress(done, reading))
+        if self._packs is None:
+            self._read(shard, on_progress)
+        else:
+            self._mapped = MappedWeights(shard, self.file, self.tensors, self._packs)
+            self._mapped.load(on_progress, self._resident_bytes)
+            if shard.n_streamed:
+                log.info("%d layers do not fit and are read in every step", shard.n_streamed)
         self.shard_bytes, self.kv_bytes = shard.shard_bytes, shard.kv_bytes
         self._shard = shard
+
+    def _read(self, shard: engine.Shard, on_progress: Callable[[int, str], None]) -> None:
+        reading = ""
+
+        def named(tensors: list[TensorInfo]) -> Iterator[TensorInfo]:
+            nonlocal reading
+            for tensor in tensors:
+                reading = tensor.name
+                yield tensor
+
+        engine.load(shard, self.file, named(self.tensors), lambda done: on_progress(done, reading))
 
     def run(
         self,
@@ -199,6 +234,8 @@ class Shard:
                 break
             except Cancelled:
                 rows = [row for row in rows if not is_stale(row.session)]
+            except DamagedPack:
+                rows = self._repair(rows, output)
             except (SessionError, UsageError) as e:
                 guilty = self._guilty(rows, e)
                 output.failures.append(self._failure(guilty, e))
@@ -211,6 +248,17 @@ class Shard:
         output.compute_seconds = time.perf_counter() - output.started_at
         return output
 
+    def _repair(self, rows: list[RowsWork], output: StepOutput) -> list[RowsWork]:
+        """Makes damaged packs again; the rows to run then, which are none if that fails."""
+        assert self._mapped is not None, "only mapped weights are in packs"
+        try:
+            self._mapped.repair()
+        except ModelError as e:
+            log.warning("%s", e.message)
+            output.failures.append(self._failure(0, e))
+            return []
+        return rows
+
     def close(self, sessions: list[int]) -> None:
         """Frees the pages of these sessions."""
         for session in sessions:
@@ -218,7 +266,7 @@ class Shard:
 
     def free(self) -> None:
         """Gives weights and KV back to the system, whoever still knows this object."""
-        self._shard = None
+        self._shard = self._mapped = None
         self._buffer = np.empty(0, np.float32)
         self.shard_bytes = self.kv_bytes = 0
 

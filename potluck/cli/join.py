@@ -40,6 +40,21 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory it may use, such as '2 GiB' (default: what is free)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("arena", "mmap"),
+        help="arena (default): in memory; mmap: on disk too, for a quick start and for more layers"
+        " than memory holds",
+    )
+    parser.add_argument(
+        "--pack-space",
+        type=values.size_bytes,
+        metavar="SIZE",
+        help="most disk space that --weights mmap takes (default: all but 1 GiB)",
+    )
+
+
+MACHINE_OPTIONS = ("threads", "isa", "memory", "weights", "pack_space")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     command = [
         programs.path_of("potluck-worker"),
         *("--coordinator", running.with_port(args.coordinator)),
-        *programs.options(args, "token", "name", "host", "port", "threads", "isa", "memory"),
+        *programs.options(args, "token", "name", "host", "port", *MACHINE_OPTIONS),
         *programs.options(args, "log_level"),
     ]
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from potluck.cli import fetching, programs, running, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
-from potluck.cli.join import add_machine_options
+from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
 
 HELP = "Serve a model, on this machine or with others"
@@ -92,7 +92,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
         local_workers=args.local_workers,
         workers=args.workers or args.local_workers or 1,
         coordinator_options=tuple(programs.options(args, *names)),
-        worker_options=tuple(programs.options(args, "threads", "isa", "memory", "log_level")),
+        worker_options=tuple(programs.options(args, *MACHINE_OPTIONS, "log_level")),
     )
 
 

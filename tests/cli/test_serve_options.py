@@ -27,10 +27,11 @@ def test_every_option_of_the_service_reaches_the_coordinator() -> None:
 
 
 def test_every_option_of_the_machine_reaches_the_workers() -> None:
-    passed = settings("--threads", "1", "--isa", "scalar", "--memory", "2 GiB").worker_options
-    assert passed[:2] == ("--threads", "1")
-    assert "--isa" in passed
-    assert "--memory" in passed
+    given = (
+        *("--threads", "1", "--isa", "scalar", "--memory", "2", "--weights", "mmap"),
+        *("--pack-space", "5", "--log-level", "debug"),
+    )
+    assert settings(*given).worker_options == given
 
 
 def test_local_workers_take_any_free_ports() -> None:

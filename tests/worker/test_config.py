@@ -20,6 +20,10 @@ def test_all_options_are_read() -> None:
                 "scalar",
                 "--memory",
                 "1.5 GiB",
+                "--weights",
+                "mmap",
+                "--pack-space",
+                "2gb",
                 "--stop-with-stdin",
                 "--log-level",
                 "debug",
@@ -35,6 +39,8 @@ def test_all_options_are_read() -> None:
         threads=3,
         isa="scalar",
         memory_bytes=1610612736,
+        weights="mmap",
+        pack_space_bytes=2_000_000_000,
         stop_with_stdin=True,
         log_level="debug",
     )
@@ -68,6 +74,7 @@ def test_what_is_no_size_is_refused(text: str, capsys: pytest.CaptureFixture[str
         ((*HERE, "--name", "My Pi"), "--name: 1 to 32 of a-z, 0-9 and -, not 'My Pi'"),
         ((*HERE, "--port", "70000"), "--port: 0 to 65535, not 70000"),
         ((*HERE, "--threads", "-2"), "--threads: 0 to 1024, not -2"),
+        ((*HERE, "--pack-space", "2 GiB"), "--pack-space goes with --weights mmap"),
     ],
 )
 def test_a_value_out_of_range_is_named(options: tuple[str, ...], text: str) -> None:

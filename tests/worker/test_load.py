@@ -116,7 +116,7 @@ async def test_the_model_is_found_in_the_cache_by_name(
 async def test_too_little_memory_is_said_in_numbers(
     rig: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Memory, "now", lambda self: MemoryNow(2**30, 2**18, 2**20))
+    monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(2**30, 2**18, 2**18, 2**20))
     async with rig(1) as r:
         code, details = await refusal(r, 0, r.load_request(0, (0, 4), 1))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -38,6 +38,26 @@ def test_a_persons_limit_counts_what_the_process_has(tmp_path: Path) -> None:
     assert Memory(1000, tmp_path).now().free_bytes == 0
 
 
+def test_with_mapped_weights_a_limit_may_exceed_the_machine_and_file_pages_are_free(
+    tmp_path: Path,
+) -> None:
+    page = os.sysconf("SC_PAGE_SIZE")
+    files = {
+        "proc/self/statm": "9999 256 200 4 5 6 7\n",
+        "proc/self/cgroup": "0::/box\n",
+        "sys/fs/cgroup/box/memory.max": f"{3 * GIB}\n",
+        "sys/fs/cgroup/box/memory.current": f"{3 * GIB}\n",
+        "sys/fs/cgroup/box/memory.stat": f"active_file {GIB}\ninactive_file {GIB}\n",
+    }
+    root = system(tmp_path, files)
+    now = Memory(20 * GIB, root, maps_weights=True).now(15 * GIB)
+    assert (now.total_bytes, now.room_bytes) == (20 * GIB, 2 * GIB)
+    assert now.free_bytes == 5 * GIB - 56 * page
+    assert Memory(20 * GIB, root).now().free_bytes == GIB
+    assert Memory(GIB, root, maps_weights=True).now().room_bytes == GIB - 56 * page
+    assert Memory(root=root, maps_weights=True).now(3 * GIB).free_bytes == 0
+
+
 def test_a_cgroup_limits_and_its_file_pages_do_not_count(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/box/inner\n",

@@ -181,10 +181,16 @@ def order(model: Path, span: tuple[int, int], epoch: int, f: Any) -> worker_pb2.
     )
 
 
+@pytest.mark.parametrize("weights", ["arena", "mmap"])
 async def test_resident_memory_stays_below_shard_and_kv_and_a_margin(
-    fleet: Callable[..., Any], large_model: Path
+    fleet: Callable[..., Any],
+    large_model: Path,
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with fleet() as f, program(*options_for(f)) as process:
+    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
+    async with fleet() as f, program(*options_for(f, "--weights", weights)) as process:
         address = (await announced(process))["address"]
         async with grpc.aio.insecure_channel(address, options=options.client_options()) as channel:
             stub: Any = worker_pb2_grpc.WorkerStub(channel)
