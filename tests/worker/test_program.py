@@ -25,7 +25,7 @@ from potluck.testing import TinyShape, write_tiny
 pytestmark = pytest.mark.cluster
 
 PROGRAM = Path(sys.executable).parent / "potluck-worker"
-MARGIN_BYTES = 200 * 2**20
+MARGIN_BYTES = 150 * 10**6
 
 
 @asynccontextmanager
