@@ -6,18 +6,17 @@
 namespace potluck {
 namespace {
 
-constexpr size_t kSplitPositions = 256;
+// Splits give decode its tasks and cost a merge each: 256 take 3 % longer at 4096 positions.
+constexpr size_t kSplitPositions = 512;
 constexpr size_t kTilesPerSplit = kSplitPositions / kTilePositions;
 constexpr size_t kEverySplit = std::numeric_limits<size_t>::max();
-// Query rows (rows times heads) of a task: so many share a tile while it is in the first cache.
-constexpr size_t kTaskRows = 64;
+// Query rows (rows times heads) of a task.
+constexpr size_t kTaskRows = kMostTileRows;
 // Sessions with at most so many rows in the batch are cut into splits, one task each; the states
 // of longer ones would take more memory than they save time, for their rows are tasks enough.
 constexpr size_t kMostCutRows = 8;
 // Tasks take unequal times; so many for each thread even that out.
 constexpr size_t kTasksPerThread = 4;
-
-constexpr size_t kLineValues = 32;  // f16 values of a cache line
 
 size_t DivideUp(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -42,8 +41,10 @@ Attention::Attention(const Config& config, size_t threads)
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim),
       n_threads_(threads),
-      state_values_(DivideUp(config.head_dim + 2, 16) * 16) {
-  scratch_.Reserve(n_threads_ * 2 * kTaskRows * state_values_);
+      state_values_(DivideUp(config.head_dim + 2, 16) * 16),
+      thread_values_(2 * kTaskRows * state_values_ +
+                     kTileScratchPerDim * DivideUp(config.head_dim, 16) * 16 + kTileScores) {
+  scratch_.Reserve(n_threads_ * thread_values_);
 }
 
 void Attention::Plan(const std::vector<SessionRows>& sessions) {
@@ -113,29 +114,35 @@ size_t Attention::scratch_bytes() const { return states_.bytes() + scratch_.byte
 
 void Attention::Work(const Step& step, size_t thread, const Task& task) {
   if (task.split == kEverySplit) {
-    WorkAllSplits(step, task, scratch_.data() + thread * 2 * kTaskRows * state_values_);
+    WorkAllSplits(step, thread, task);
   } else {
-    WorkOneSplit(step, task);
+    WorkOneSplit(step, thread, task);
   }
 }
 
-void Attention::WorkAllSplits(const Step& step, const Task& task, float* scratch) {
+// For the kernels; the thread's states lie before it.
+float* Attention::TileScratch(size_t thread) const {
+  return scratch_.data() + thread * thread_values_ + 2 * kTaskRows * state_values_;
+}
+
+void Attention::WorkAllSplits(const Step& step, size_t thread, const Task& task) {
   const SessionRows& rows = sessions_[task.session];
   const size_t n_splits = DivideUp(rows.start_position + task.last_row, kSplitPositions);
-  float* const later = scratch + kTaskRows * state_values_;
-  AddSplit(step, task, 0, scratch);
+  float* const states = scratch_.data() + thread * thread_values_;
+  float* const later = states + kTaskRows * state_values_;
+  AddSplit(step, thread, task, 0, states);
   for (size_t split = 1; split < n_splits; ++split) {
-    AddSplit(step, task, split, later);
-    MergeSplit(step, task, split, later, scratch);
+    AddSplit(step, thread, task, split, later);
+    MergeSplit(step, task, split, later, states);
   }
-  Finish(step, task, scratch);
+  Finish(step, task, states);
 }
 
-void Attention::WorkOneSplit(const Step& step, const Task& task) {
+void Attention::WorkOneSplit(const Step& step, size_t thread, const Task& task) {
   const Join& join = joins_[task.join];
   float* const states = states_.data() + join.first_state * state_values_;
   const size_t split_values = task.Rows() * state_values_;
-  AddSplit(step, task, task.split, states + task.split * split_values);
+  AddSplit(step, thread, task, task.split, states + task.split * split_values);
   std::atomic<size_t>& arrived = arrived_[task.join];
   if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < join.n_splits) return;
   arrived.store(0, std::memory_order_relaxed);  // for the next layer, which a barrier precedes
@@ -146,7 +153,8 @@ void Attention::WorkOneSplit(const Step& step, const Task& task) {
 }
 
 // The states of the task's query rows over one split; rows before the split keep the empty state.
-void Attention::AddSplit(const Step& step, const Task& task, size_t split, float* states) const {
+void Attention::AddSplit(const Step& step, size_t thread, const Task& task, size_t split,
+                         float* states) const {
   const SessionRows& rows = sessions_[task.session];
   const size_t heads = task.Heads();
   const float* q[kTaskRows];
@@ -162,44 +170,30 @@ void Attention::AddSplit(const Step& step, const Task& task, size_t split, float
   for (size_t t = 0; t < kTilesPerSplit; ++t) {
     const size_t tile_start = split * kSplitPositions + t * kTilePositions;
     if (tile_start >= stop) return;
-    const KvTile tile = TileAt(step, task, tile_start, stop);
-    // Rows below `first` stand before the tile, rows from `full` on see all of it. Those between
-    // see as much as their own position: they are taken one by one, for a masked fma is not exact.
-    const auto row_at = [&](size_t position) {
-      const size_t row = position - std::min(position, rows.start_position);
-      return std::clamp(row, task.first_row, task.last_row);
-    };
-    const size_t first = row_at(tile_start);
-    const size_t full = row_at(tile_start + kTilePositions - 1);
-    for (size_t row = first; row < full; ++row) {
-      const size_t i = (row - task.first_row) * heads;
-      step.kernels.add_tile(tile, head_dim_, rows.start_position + row + 1 - tile_start, q + i,
-                            state + i, heads);
-    }
-    const size_t i = (full - task.first_row) * heads;
-    step.kernels.add_tile(tile, head_dim_, kTilePositions, q + i, state + i, task.Rows() - i);
+    // Rows below `first` stand before the tile.
+    const size_t first_row = tile_start - std::min(tile_start, rows.start_position);
+    const size_t first = std::clamp(first_row, task.first_row, task.last_row);
+    const size_t i = (first - task.first_row) * heads;
+    const size_t seen = rows.start_position + first + 1 - tile_start;
+    step.kernels.add_tile(TileAt(step, task, tile_start, stop), head_dim_,
+                          {q + i, state + i, task.Rows() - i, heads, seen}, TileScratch(thread));
   }
 }
 
-// The tile's positions below stop. The pages of the next tile are fetched into the cache meanwhile:
-// a section is short (4 KiB if head_dim is 64), so the CPU's own prefetcher has hardly begun when
-// it ends. Without, a row at 1500 positions of SmolLM2 takes 17 % longer.
+// The tile's positions below stop, and the pages of the next tile to be fetched meanwhile: a
+// section is short (4 KiB if head_dim is 64), so the CPU's own prefetcher has hardly begun when it
+// ends. Places beyond the last page repeat it.
 KvTile Attention::TileAt(const Step& step, const Task& task, size_t tile_start, size_t stop) const {
   const int32_t* const pages = sessions_[task.session].pages;
-  const size_t key_values = kKvPageTokens * head_dim_;
+  const size_t last_page = (stop - 1) / kKvPageTokens;
   KvTile tile = {};
   for (size_t p = 0; p < kTilePages; ++p) {
-    const size_t position = tile_start + p * kKvPageTokens;
-    if (position >= stop) break;
-    const int32_t page = pages[position / kKvPageTokens];
-    const uint16_t* const section = step.kv.Section(page, step.layer, task.kv_head);
-    tile.keys[2 * p] = section;
-    tile.keys[2 * p + 1] = section + key_values / 2;
-    tile.values[p] = section + key_values;
-    if (position + kTilePositions >= stop) continue;
-    const int32_t next = pages[position / kKvPageTokens + kTilePages];
-    const uint16_t* const ahead = step.kv.Section(next, step.layer, task.kv_head);
-    for (size_t i = 0; i < 2 * key_values; i += kLineValues) __builtin_prefetch(ahead + i);
+    const size_t page = tile_start / kKvPageTokens + p;
+    const auto section = [&](size_t i) {
+      return step.kv.Section(pages[std::min(i, last_page)], step.layer, task.kv_head);
+    };
+    tile.sections[p] = section(page);
+    tile.ahead[p] = section(page + kTilePages);
   }
   return tile;
 }

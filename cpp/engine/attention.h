@@ -1,6 +1,6 @@
 // Attention of a ragged batch over paged keys and values, in one canonical order.
 //
-// Positions are cut into splits of 256 and tiles of 64, both counted from position 0; a split is
+// Positions are cut into splits of 512 and tiles of 64, both counted from position 0; a split is
 // one running softmax over its tiles, and splits are merged in rising order. So a row's bits depend
 // on its session's keys and values alone: not on chunking, batch, threads or pages. What is shared
 // out is only who computes what: a task is one KV head with some of its query heads and some rows
@@ -65,9 +65,11 @@ class Attention {
   void PlanSession(size_t session, size_t n_basic_tasks);
   void AddTasks(Task task, size_t n_splits, bool cut);
   void Work(const Step& step, size_t thread, const Task& task);
-  void WorkAllSplits(const Step& step, const Task& task, float* scratch);
-  void WorkOneSplit(const Step& step, const Task& task);
-  void AddSplit(const Step& step, const Task& task, size_t split, float* states) const;
+  void WorkAllSplits(const Step& step, size_t thread, const Task& task);
+  void WorkOneSplit(const Step& step, size_t thread, const Task& task);
+  void AddSplit(const Step& step, size_t thread, const Task& task, size_t split,
+                float* states) const;
+  float* TileScratch(size_t thread) const;
   KvTile TileAt(const Step& step, const Task& task, size_t tile_start, size_t stop) const;
   void MergeSplit(const Step& step, const Task& task, size_t split, const float* from,
                   float* into) const;
@@ -85,7 +87,8 @@ class Attention {
   size_t n_arrived_ = 0;
   size_t n_states_ = 0;
   Buffer<float> states_;   // [n_states, state_values] of all joins
-  Buffer<float> scratch_;  // [threads][2][kTaskRows, state_values]
+  size_t thread_values_;   // f32 of scratch_ for each thread
+  Buffer<float> scratch_;  // [threads]: states [2][kMostTileRows, state_values], scratch of a tile
 };
 
 }  // namespace potluck

@@ -16,15 +16,14 @@
 namespace potluck {
 
 constexpr size_t kKvPageTokens = 16;
-constexpr size_t kKvGroupTokens = 8;  // positions that lie side by side in the keys
 
 struct KvShape {
   size_t n_layers;  // of the span
   size_t n_kv_heads;
   size_t head_dim;
 
-  // Keys [2 groups][head_dim][8 positions], then values [16 positions][head_dim], of one layer and
-  // KV head; f16 values.
+  // Keys [head_dim][16 positions], then values [16 positions][head_dim], of one layer and KV head;
+  // f16 values.
   size_t SectionValues() const { return 2 * kKvPageTokens * head_dim; }
   size_t PageValues() const { return n_layers * n_kv_heads * SectionValues(); }
   size_t PageBytes() const { return PageValues() * sizeof(uint16_t); }

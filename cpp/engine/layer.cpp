@@ -103,11 +103,9 @@ bool PlaceHead(Step& step, Part part, size_t index, size_t row, size_t head, flo
   const size_t slot = place.position % kKvPageTokens;
   uint16_t* const section = step.kv.Section(place.page, index, head);
   if (part == Part::kKeys) {
-    uint16_t* const group = section + slot / kKvGroupTokens * kKvGroupTokens * head_dim;
-    return step.kernels.attention->store_key(values, head_dim, slot % kKvGroupTokens, group);
+    return step.kernels.attention->store_key(values, head_dim, slot, section);
   }
-  uint16_t* const out = section + (kKvPageTokens + slot) * head_dim;
-  return step.kernels.attention->store_value(values, head_dim, out);
+  return step.kernels.attention->store_value(values, head_dim, slot, section);
 }
 
 // A unit of heads (whole panels) of q, k or v, over all rows.

@@ -1,87 +1,133 @@
 // Attention for AVX2, FMA and F16C: the scalar chains, lanes being positions (scores) or dimensions
 // (sums).
 //
-// Query rows are taken up to six at a time, so that a key or value is loaded and widened once for
-// all of them; the template's numbers of rows and vectors keep all accumulators in the 16
-// registers.
+// Query rows are taken up to six at a time, so that a key or value is loaded once for all of them;
+// the template's numbers of rows and vectors keep all sums in the 16 registers. More than six rows
+// share a tile widened to f32 once: they pass over it slice by slice, so that what is in use stays
+// in the first cache.
+#include "engine/kernels/avx2_attention.h"
+
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "engine/kernels/attention_table.h"
+#include "engine/kernels/attention_rows.h"
 #include "engine/kernels/avx2_exp.h"
 
 namespace potluck {
 namespace {
 
-constexpr size_t kGroup = 8;  // positions a key group, and lanes
-constexpr size_t kPage = 16;  // positions a page
-constexpr size_t kMostRows = 6;
-constexpr size_t kVectors = kTilePositions / kGroup;
+constexpr size_t kLanes = 8;
+constexpr size_t kSlice = kPagePositions;  // positions or dimensions of a slice of a widened tile
+static_assert(kSlice == 2 * kLanes, "six rows times a slice are twelve sums");
 
-inline __m256 Widen(const uint16_t* halves) {
+inline __m256 Load(const float* x) { return _mm256_loadu_ps(x); }
+inline __m256 Load(const uint16_t* halves) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
 }
 
 // All ones in the lanes below count.
-inline __m256 MaskOf(size_t count) {
+inline __m256i MaskOf(size_t count) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_castsi256_ps(
-      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), lanes));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), lanes);
 }
 
-// sums[r][i] = fma(weights[r], wide[i], sums[r][i]), in the order that needs the fewest registers:
+// Where a tile's keys and values are: in their pages as f16, ...
+struct Halves {
+  const KvTile& tile;
+  size_t head_dim;
+  const uint16_t* Keys(size_t page) const { return tile.sections[page]; }
+  const uint16_t* Value(size_t j, size_t d) const {
+    return tile.sections[j / kPagePositions] + (kPagePositions + j % kPagePositions) * head_dim + d;
+  }
+};
+
+// ... or in scratch as f32: keys [4 pages][head_dim][16 positions] and then, in their place, values
+// [head_dim / 16][64 positions][16 dimensions], of which a row of sums takes at most one slice.
+struct Floats {
+  const KvTile& tile;
+  size_t head_dim;
+  float* wide;
+  float* Keys(size_t page) const { return wide + page * kPagePositions * head_dim; }
+  float* Value(size_t j, size_t d) const {
+    return wide + d / kSlice * kSlice * kTilePositions + j * kSlice + d % kSlice;
+  }
+};
+
+void WidenKeys(const Floats& to) {
+  for (size_t p = 0; p < kTilePages; ++p) {
+    float* const keys = to.Keys(p);
+    for (size_t i = 0; i < kPagePositions * to.head_dim; i += kLanes) {
+      _mm256_store_ps(keys + i, Load(to.tile.sections[p] + i));
+    }
+  }
+}
+
+// Dimensions of whole vectors; what is left is read from the page.
+void WidenValues(const Floats& to, size_t n) {
+  const Halves from = {to.tile, to.head_dim};
+  for (size_t j = 0; j < n; ++j) {
+    for (size_t d = 0; d + kLanes <= to.head_dim; d += kLanes) {
+      _mm256_store_ps(to.Value(j, d), Load(from.Value(j, d)));
+    }
+  }
+}
+
+// sums[r][v] = fma(weight(r), value(v), sums[r][v]), in the order that needs the fewest registers:
 // the smaller side is held, the larger one passes by.
-template <size_t Rows, size_t Count>
-inline void AddProducts(const float* const* weights, size_t at, const uint16_t* const* wide,
-                        size_t from, __m256 (&sums)[Rows][Count]) {
-  if constexpr (Rows < Count) {
-    __m256 weight[Rows];
-    for (size_t r = 0; r < Rows; ++r) weight[r] = _mm256_broadcast_ss(weights[r] + at);
-    for (size_t i = 0; i < Count; ++i) {
-      const __m256 value = Widen(wide[i] + from);
-      for (size_t r = 0; r < Rows; ++r) sums[r][i] = _mm256_fmadd_ps(weight[r], value, sums[r][i]);
-      // Keeps the compiler from loading all values first, which would spill.
-      asm volatile("" ::: "memory");
+template <size_t Rows, size_t Vectors, class Weight, class Value>
+inline void AddProducts(const Weight& weight, const Value& value, __m256 (&sums)[Rows][Vectors]) {
+  if constexpr (Rows < Vectors) {
+    __m256 held[Rows];
+#pragma GCC unroll 8
+    for (size_t r = 0; r < Rows; ++r) held[r] = _mm256_broadcast_ss(weight(r));
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) {
+      __m256 passing = Load(value(v));
+#pragma GCC unroll 8
+      for (size_t r = 0; r < Rows; ++r) sums[r][v] = _mm256_fmadd_ps(held[r], passing, sums[r][v]);
     }
   } else {
-    __m256 value[Count];
-    for (size_t i = 0; i < Count; ++i) value[i] = Widen(wide[i] + from);
+    __m256 held[Vectors];
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) held[v] = Load(value(v));
+#pragma GCC unroll 8
     for (size_t r = 0; r < Rows; ++r) {
-      const __m256 weight = _mm256_broadcast_ss(weights[r] + at);
-      for (size_t i = 0; i < Count; ++i) sums[r][i] = _mm256_fmadd_ps(weight, value[i], sums[r][i]);
+      const __m256 passing = _mm256_broadcast_ss(weight(r));
+#pragma GCC unroll 8
+      for (size_t v = 0; v < Vectors; ++v) {
+        sums[r][v] = _mm256_fmadd_ps(passing, held[v], sums[r][v]);
+      }
     }
   }
 }
 
-// Scores of `Rows` query rows with `Groups` key groups, Rows * Groups chains at once. scores is
-// [Rows][64].
-template <size_t Rows, size_t Groups>
-void ScoreGroups(const uint16_t* const* keys, size_t head_dim, const float* const* q,
-                 float* scores) {
-  __m256 sums[Rows][Groups];
+// Scores of `Rows` query rows with positions [start, start + 8 * Vectors); scores is [Rows][64].
+template <size_t Rows, size_t Vectors, class Source>
+void Score(const Source& source, size_t start, bool fetches, const float* const* q, float* scores) {
+  static_assert(Vectors % 2 == 0, "whole pages");
+  __m256 sums[Rows][Vectors];
+  decltype(source.Keys(0)) keys[Vectors / 2];
+  const float* row[Rows];
+#pragma GCC unroll 8
+  for (size_t i = 0; i < Vectors / 2; ++i) keys[i] = source.Keys(start / kPagePositions + i);
+#pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
-    for (size_t g = 0; g < Groups; ++g) sums[r][g] = _mm256_setzero_ps();
+    row[r] = q[r];
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) sums[r][v] = _mm256_setzero_ps();
   }
-  for (size_t d = 0; d < head_dim; ++d) {
-    AddProducts<Rows, Groups>(q, d, keys, d * kGroup, sums);
+  for (size_t d = 0; d < source.head_dim; ++d) {
+    if (fetches) FetchKeys<Vectors / 2>(source.tile, start / kPagePositions, d);
+    AddProducts([&](size_t r) { return row[r] + d; },
+                [&](size_t v) { return keys[v / 2] + d * kPagePositions + v % 2 * kLanes; }, sums);
   }
+#pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
-    for (size_t g = 0; g < Groups; ++g) {
-      _mm256_store_ps(scores + r * kTilePositions + g * kGroup, sums[r][g]);
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) {
+      _mm256_store_ps(scores + r * kTilePositions + start + v * kLanes, sums[r][v]);
     }
-  }
-}
-
-template <size_t Rows, size_t Groups>
-void Score(const KvTile& tile, size_t head_dim, size_t n_groups, const float* const* q,
-           float* scores) {
-  size_t g = 0;
-  for (; g + Groups <= n_groups; g += Groups) {
-    ScoreGroups<Rows, Groups>(tile.keys + g, head_dim, q, scores + g * kGroup);
-  }
-  for (; g < n_groups; ++g) {
-    ScoreGroups<Rows, 1>(tile.keys + g, head_dim, q, scores + g * kGroup);
   }
 }
 
@@ -97,13 +143,10 @@ inline float Tree(__m256 lanes) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-inline __m256 Load(const float* x) { return _mm256_loadu_ps(x); }
-inline float ExpOf(float x) { return _mm256_cvtss_f32(Exp8(_mm256_set1_ps(x))); }
-
 void Scale(float factor, size_t head_dim, float* o) {
   const __m256 factors = _mm256_set1_ps(factor);
   size_t d = 0;
-  for (; d + kGroup <= head_dim; d += kGroup) {
+  for (; d + kLanes <= head_dim; d += kLanes) {
     _mm256_storeu_ps(o + d, _mm256_mul_ps(Load(o + d), factors));
   }
   for (; d < head_dim; ++d) o[d] = o[d] * factor;
@@ -112,20 +155,20 @@ void Scale(float factor, size_t head_dim, float* o) {
 // Scores become weights. Lanes at or above n may hold anything: they count as -infinity and get the
 // weight 0, which changes no sum (a lane's sum is never -0).
 void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
-  const size_t n_vectors = (n + kGroup - 1) / kGroup;
+  const size_t n_vectors = (n + kLanes - 1) / kLanes;
   const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
-  const __m256 mask = MaskOf(n - (n_vectors - 1) * kGroup);
-  float* const last = scores + (n_vectors - 1) * kGroup;
-  _mm256_store_ps(last, _mm256_blendv_ps(lowest, _mm256_load_ps(last), mask));
+  const __m256 seen = _mm256_castsi256_ps(MaskOf(n - (n_vectors - 1) * kLanes));
+  float* const last = scores + (n_vectors - 1) * kLanes;
+  _mm256_store_ps(last, _mm256_blendv_ps(lowest, _mm256_load_ps(last), seen));
   __m256 largest = _mm256_load_ps(scores);
   for (size_t v = 1; v < n_vectors; ++v) {
-    largest = _mm256_max_ps(largest, _mm256_load_ps(scores + v * kGroup));
+    largest = _mm256_max_ps(largest, _mm256_load_ps(scores + v * kLanes));
   }
   const float tile_largest = LargestOf(largest);
   float m = state[head_dim];
   float l = state[head_dim + 1];
   if (tile_largest > m) {
-    const float factor = ExpOf(m - tile_largest);
+    const float factor = _mm256_cvtss_f32(ExpBelow0(_mm256_set1_ps(m - tile_largest)));
     Scale(factor, head_dim, state);
     l = l * factor;
     m = tile_largest;
@@ -133,8 +176,8 @@ void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
   const __m256 shift = _mm256_set1_ps(m);
   __m256 sums = _mm256_setzero_ps();
   for (size_t v = 0; v < n_vectors; ++v) {
-    float* const place = scores + v * kGroup;
-    const __m256 weights = Exp8(_mm256_sub_ps(_mm256_load_ps(place), shift));
+    float* const place = scores + v * kLanes;
+    const __m256 weights = ExpBelow0(_mm256_sub_ps(_mm256_load_ps(place), shift));
     _mm256_store_ps(place, weights);
     sums = _mm256_add_ps(sums, weights);
   }
@@ -142,160 +185,124 @@ void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
   state[head_dim + 1] = l + Tree(sums);
 }
 
-// Adds the weighted values of dimensions [d, d + 8 * Vectors) to Rows states.
-template <size_t Rows, size_t Vectors>
-void MixVectors(const KvTile& tile, size_t head_dim, size_t n, size_t d, const float* weights,
-                float* const* states) {
+// Adds the weighted values of positions [start, stop) to dimensions [d, d + 8 * Vectors) of Rows
+// states.
+template <size_t Rows, size_t Vectors, class Source>
+void MixPositions(const Source& source, size_t start, size_t stop, size_t d, bool fetches,
+                  const float* weights, float* const* states) {
   __m256 sums[Rows][Vectors];
+#pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
-    for (size_t v = 0; v < Vectors; ++v) sums[r][v] = Load(states[r] + d + v * kGroup);
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) sums[r][v] = Load(states[r] + d + v * kLanes);
   }
-  const float* weight[Rows];
-  for (size_t r = 0; r < Rows; ++r) weight[r] = weights + r * kTilePositions;
+  for (size_t j = start; j < stop; ++j) {
+    const auto* const value = source.Value(j, d);
+    if (fetches) FetchValues(source.tile, source.head_dim, j, d, Vectors * kLanes);
+    AddProducts([&](size_t r) { return weights + r * kTilePositions + j; },
+                [&](size_t v) { return value + v * kLanes; }, sums);
+  }
+#pragma GCC unroll 8
+  for (size_t r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (size_t v = 0; v < Vectors; ++v) _mm256_storeu_ps(states[r] + d + v * kLanes, sums[r][v]);
+  }
+}
+
+// Dimensions from d of rows [first, first + Rows). Positions that all of them see are taken
+// together.
+template <size_t Rows, size_t Vectors, class Source>
+void Mix(const Source& source, const TileRows& rows, size_t first, size_t d, const float* weights) {
+  float* const* const states = rows.states + first;
+  const size_t common = SeenBy(rows, first);
+  weights += first * kTilePositions;
+  MixPositions<Rows, Vectors>(source, 0, common, d, first == 0, weights, states);
+  if (common == kTilePositions) return;
+  for (size_t r = 1; r < Rows; ++r) {
+    MixPositions<1, Vectors>(source, common, SeenBy(rows, first + r), d, false,
+                             weights + r * kTilePositions, states + r);
+  }
+}
+
+// The one dimension d of a row, for heads that are no multiple of 8.
+void MixOne(const Halves& source, size_t n, size_t d, const float* weights, float* state) {
+  __m128 sum = _mm_load_ss(state + d);
   for (size_t j = 0; j < n; ++j) {
-    const uint16_t* const row = tile.values[j / kPage] + j % kPage * head_dim + d;
-    const uint16_t* value[Vectors];
-    for (size_t v = 0; v < Vectors; ++v) value[v] = row + v * kGroup;
-    AddProducts<Rows, Vectors>(weight, j, value, 0, sums);
+    const __m128 value = _mm_cvtph_ps(_mm_cvtsi32_si128(*source.Value(j, d)));
+    sum = _mm_fmadd_ss(_mm_load_ss(weights + j), value, sum);
   }
-  for (size_t r = 0; r < Rows; ++r) {
-    for (size_t v = 0; v < Vectors; ++v) _mm256_storeu_ps(states[r] + d + v * kGroup, sums[r][v]);
-  }
+  _mm_store_ss(state + d, sum);
 }
 
-// The one dimension d, for heads that are no multiple of 8.
-template <size_t Rows>
-void MixOne(const KvTile& tile, size_t head_dim, size_t n, size_t d, const float* weights,
-            float* const* states) {
-  for (size_t r = 0; r < Rows; ++r) {
-    __m128 sum = _mm_set_ss(states[r][d]);
-    for (size_t j = 0; j < n; ++j) {
-      const uint16_t half = tile.values[j / kPage][j % kPage * head_dim + d];
-      const __m128 value = _mm_cvtph_ps(_mm_cvtsi32_si128(half));
-      sum = _mm_fmadd_ss(_mm_load_ss(weights + r * kTilePositions + j), value, sum);
-    }
-    states[r][d] = _mm_cvtss_f32(sum);
-  }
-}
-
-template <size_t Rows, size_t Vectors>
-void Mix(const KvTile& tile, size_t head_dim, size_t n, const float* weights,
-         float* const* states) {
-  size_t d = 0;
-  for (; d + Vectors * kGroup <= head_dim; d += Vectors * kGroup) {
-    MixVectors<Rows, Vectors>(tile, head_dim, n, d, weights, states);
-  }
-  for (; d + kGroup <= head_dim; d += kGroup) {
-    MixVectors<Rows, 1>(tile, head_dim, n, d, weights, states);
-  }
-  for (; d < head_dim; ++d) MixOne<Rows>(tile, head_dim, n, d, weights, states);
-}
-
-// Groups and Vectors: enough chains at once to hide the latency of fma, as many as the registers
+// Sums of a row at once: enough chains to hide the latency of fma, and no more than the registers
 // hold.
-template <size_t Rows, size_t Groups, size_t Vectors>
-void AddRows(const KvTile& tile, size_t head_dim, size_t n, const float* const* q,
-             float* const* states) {
-  alignas(32) float weights[Rows * kTilePositions] = {};
-  Score<Rows, Groups>(tile, head_dim, (n + kGroup - 1) / kGroup, q, weights);
-  for (size_t r = 0; r < Rows; ++r) Weigh(head_dim, n, weights + r * kTilePositions, states[r]);
-  Mix<Rows, Vectors>(tile, head_dim, n, weights, states);
+constexpr size_t VectorsFor(size_t n_rows) { return n_rows == 1 ? 8 : n_rows < 4 ? 4 : 2; }
+
+// Dimensions [d, d + 8 * Vectors) by as many as fit; returns the first that is left.
+template <size_t Rows, size_t Vectors, class Source>
+size_t MixWhole(const Source& source, const TileRows& rows, size_t first, size_t d,
+                const float* weights) {
+  for (; d + Vectors * kLanes <= source.head_dim; d += Vectors * kLanes) {
+    Mix<Rows, Vectors>(source, rows, first, d, weights);
+  }
+  return d;
 }
 
-void AddTile(const KvTile& tile, size_t head_dim, size_t n, const float* const* q,
-             float* const* states, size_t n_rows) {
-  static_assert(kVectors == kTileGroups, "a vector holds a key group");
-  for (; n_rows >= kMostRows; n_rows -= kMostRows, q += kMostRows, states += kMostRows) {
-    AddRows<kMostRows, 2, 2>(tile, head_dim, n, q, states);
+void AddToFew(const Halves& source, const TileRows& rows, float* scores) {
+  const size_t n = SeenBy(rows, rows.count - 1);
+  BySix(rows.count, [&](auto count, size_t first) {
+    constexpr size_t kRows = decltype(count)::kRows;
+    constexpr size_t kVectors = VectorsFor(kRows);
+    for (size_t start = 0; start < n; start += kVectors * kLanes) {
+      Score<kRows, kVectors>(source, start, true, rows.q + first, scores);
+    }
+    for (size_t r = 0; r < kRows; ++r) {
+      Weigh(source.head_dim, SeenBy(rows, r), scores + r * kTilePositions, rows.states[r]);
+    }
+    size_t d = MixWhole<kRows, kVectors>(source, rows, first, 0, scores);
+    MixWhole<kRows, 1>(source, rows, first, d, scores);
+  });
+}
+
+void AddToMany(const Floats& source, const TileRows& rows, float* scores) {
+  const size_t n = SeenBy(rows, rows.count - 1);
+  WidenKeys(source);
+  for (size_t start = 0; start < n; start += kSlice) {
+    BySix(rows.count, [&](auto count, size_t first) {
+      Score<decltype(count)::kRows, 2>(source, start, first == 0, rows.q + first,
+                                       scores + first * kTilePositions);
+    });
   }
-  switch (n_rows) {
-    case 1:
-      return AddRows<1, 8, 8>(tile, head_dim, n, q, states);
-    case 2:
-      return AddRows<2, 4, 4>(tile, head_dim, n, q, states);
-    case 3:
-      return AddRows<3, 4, 4>(tile, head_dim, n, q, states);
-    case 4:
-      return AddRows<4, 2, 2>(tile, head_dim, n, q, states);
-    case 5:
-      return AddRows<5, 2, 2>(tile, head_dim, n, q, states);
-    default:
-      return;
+  for (size_t r = 0; r < rows.count; ++r) {
+    Weigh(source.head_dim, SeenBy(rows, r), scores + r * kTilePositions, rows.states[r]);
+  }
+  WidenValues(source, n);
+  for (size_t d = 0; d + kLanes <= source.head_dim; d += kSlice) {
+    BySix(rows.count, [&](auto count, size_t first) {
+      constexpr size_t kRows = decltype(count)::kRows;
+      if (d + kSlice <= source.head_dim) return Mix<kRows, 2>(source, rows, first, d, scores);
+      Mix<kRows, 1>(source, rows, first, d, scores);
+    });
   }
 }
 
-void Merge(const float* from, size_t head_dim, float* into) {
-  const float from_m = from[head_dim];
-  const float into_m = into[head_dim];
-  const float m = from_m > into_m ? from_m : into_m;
-  const float a = ExpOf(into_m - m);
-  const float b = ExpOf(from_m - m);
-  // The sum of weights, one value beyond m, follows the rule of the o.
-  into[head_dim + 1] = __builtin_fmaf(from[head_dim + 1], b, into[head_dim + 1] * a);
-  into[head_dim] = m;
-  size_t d = 0;
-  for (; d + kGroup <= head_dim; d += kGroup) {
-    const __m256 scaled = _mm256_mul_ps(Load(into + d), _mm256_set1_ps(a));
-    _mm256_storeu_ps(into + d, _mm256_fmadd_ps(Load(from + d), _mm256_set1_ps(b), scaled));
+void AddTile(const KvTile& tile, size_t head_dim, const TileRows& rows, float* scratch) {
+  float* const scores = ScoresIn(scratch, head_dim);
+  const Halves pages = {tile, head_dim};
+  if (rows.count <= kMostRows) {
+    AddToFew(pages, rows, scores);
+  } else {
+    AddToMany({tile, head_dim, scratch}, rows, scores);
   }
-  for (; d < head_dim; ++d) into[d] = __builtin_fmaf(from[d], b, into[d] * a);
+  for (size_t d = head_dim / kLanes * kLanes; d < head_dim; ++d) {
+    for (size_t r = 0; r < rows.count; ++r) {
+      MixOne(pages, SeenBy(rows, r), d, scores + r * kTilePositions, rows.states[r]);
+    }
+  }
 }
 
-void Finish(const float* state, size_t head_dim, float* out) {
-  const float l = state[head_dim + 1];
-  size_t d = 0;
-  for (; d + kGroup <= head_dim; d += kGroup) {
-    _mm256_storeu_ps(out + d, _mm256_div_ps(Load(state + d), _mm256_set1_ps(l)));
-  }
-  for (; d < head_dim; ++d) out[d] = state[d] / l;
-}
-
-inline bool IsFinite(__m128i halves) {
-  const __m128i exponent = _mm_set1_epi16(0x7c00);
-  const __m128i full = _mm_cmpeq_epi16(_mm_and_si128(halves, exponent), exponent);
-  return _mm_movemask_epi8(full) == 0;
-}
-
-inline __m128i Narrow(__m256 values) {
-  return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-bool StoreKey(const float* key, size_t head_dim, size_t lane, uint16_t* group) {
-  bool finite = true;
-  size_t d = 0;
-  for (; d + kGroup <= head_dim; d += kGroup) {
-    alignas(16) uint16_t halves[kGroup];
-    const __m128i narrow = Narrow(Load(key + d));
-    finite &= IsFinite(narrow);
-    _mm_store_si128(reinterpret_cast<__m128i*>(halves), narrow);
-    for (size_t i = 0; i < kGroup; ++i) group[(d + i) * kGroup + lane] = halves[i];
-  }
-  for (; d < head_dim; ++d) {
-    const __m128i narrow = Narrow(_mm256_castps128_ps256(_mm_load_ss(key + d)));
-    const auto half = static_cast<uint16_t>(_mm_extract_epi16(narrow, 0));
-    finite &= (half & 0x7c00) != 0x7c00;
-    group[d * kGroup + lane] = half;
-  }
-  return finite;
-}
-
-bool StoreValue(const float* value, size_t head_dim, uint16_t* out) {
-  bool finite = true;
-  size_t d = 0;
-  for (; d + kGroup <= head_dim; d += kGroup) {
-    const __m128i narrow = Narrow(Load(value + d));
-    finite &= IsFinite(narrow);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), narrow);
-  }
-  for (; d < head_dim; ++d) {
-    const __m128i narrow = Narrow(_mm256_castps128_ps256(_mm_load_ss(value + d)));
-    out[d] = static_cast<uint16_t>(_mm_extract_epi16(narrow, 0));
-    finite &= (out[d] & 0x7c00) != 0x7c00;
-  }
-  return finite;
-}
-
-constexpr AttentionTable kTable = {AddTile, Merge, Finish, StoreKey, StoreValue};
+constexpr AttentionTable kTable = {AddTile, avx2::Merge, avx2::Finish, avx2::StoreKey,
+                                   avx2::StoreValue};
 
 }  // namespace
 

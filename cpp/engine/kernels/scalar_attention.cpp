@@ -8,16 +8,15 @@
 namespace potluck {
 namespace {
 
-constexpr size_t kGroup = 8;  // positions a key group
-constexpr size_t kPage = 16;  // positions a page
+constexpr size_t kLanes = 8;  // of the sum of weights
 constexpr uint16_t kHalfExponent = 0x7c00;
 
 void ScoreTile(const KvTile& tile, size_t head_dim, size_t n, const float* q, float* scores) {
   for (size_t j = 0; j < n; ++j) {
-    const uint16_t* key = tile.keys[j / kGroup] + j % kGroup;
+    const uint16_t* key = tile.sections[j / kPagePositions] + j % kPagePositions;
     float score = 0.0f;
     for (size_t d = 0; d < head_dim; ++d) {
-      score = std::fma(q[d], HalfToFloat(key[d * kGroup]), score);
+      score = std::fma(q[d], HalfToFloat(key[d * kPagePositions]), score);
     }
     scores[j] = score;
   }
@@ -35,28 +34,29 @@ void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
     l = l * factor;
     m = largest;
   }
-  float lanes[kGroup] = {};
+  float lanes[kLanes] = {};
   for (size_t j = 0; j < n; ++j) {
     scores[j] = Exp(scores[j] - m);
-    lanes[j % kGroup] = lanes[j % kGroup] + scores[j];
+    lanes[j % kLanes] = lanes[j % kLanes] + scores[j];
   }
-  for (size_t width = kGroup / 2; width > 0; width /= 2) {
+  for (size_t width = kLanes / 2; width > 0; width /= 2) {
     for (size_t i = 0; i < width; ++i) lanes[i] = lanes[i] + lanes[i + width];
   }
   l = l + lanes[0];
 }
 
-void AddTile(const KvTile& tile, size_t head_dim, size_t n, const float* const* q,
-             float* const* states, size_t n_rows) {
-  for (size_t row = 0; row < n_rows; ++row) {
-    float weights[kTilePositions] = {};
-    float* state = states[row];
-    ScoreTile(tile, head_dim, n, q[row], weights);
-    Weigh(head_dim, n, weights, state);
+void AddTile(const KvTile& tile, size_t head_dim, const TileRows& rows, float* scratch) {
+  for (size_t row = 0; row < rows.count; ++row) {
+    const size_t seen = rows.n + row / rows.n_heads;
+    const size_t n = seen < kTilePositions ? seen : kTilePositions;
+    float* const state = rows.states[row];
+    ScoreTile(tile, head_dim, n, rows.q[row], scratch);
+    Weigh(head_dim, n, scratch, state);
     for (size_t j = 0; j < n; ++j) {
-      const uint16_t* value = tile.values[j / kPage] + j % kPage * head_dim;
+      const uint16_t* const section = tile.sections[j / kPagePositions];
+      const uint16_t* const value = section + (kPagePositions + j % kPagePositions) * head_dim;
       for (size_t d = 0; d < head_dim; ++d) {
-        state[d] = std::fma(weights[j], HalfToFloat(value[d]), state[d]);
+        state[d] = std::fma(scratch[j], HalfToFloat(value[d]), state[d]);
       }
     }
   }
@@ -75,18 +75,19 @@ void Finish(const float* state, size_t head_dim, float* out) {
   for (size_t d = 0; d < head_dim; ++d) out[d] = state[d] / state[head_dim + 1];
 }
 
-bool StoreKey(const float* key, size_t head_dim, size_t lane, uint16_t* group) {
+bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section) {
   bool finite = true;
   for (size_t d = 0; d < head_dim; ++d) {
     const uint16_t half = FloatToHalf(key[d]);
     finite &= (half & kHalfExponent) != kHalfExponent;
-    group[d * kGroup + lane] = half;
+    section[d * kPagePositions + slot] = half;
   }
   return finite;
 }
 
-bool StoreValue(const float* value, size_t head_dim, uint16_t* out) {
+bool StoreValue(const float* value, size_t head_dim, size_t slot, uint16_t* section) {
   bool finite = true;
+  uint16_t* const out = section + (kPagePositions + slot) * head_dim;
   for (size_t d = 0; d < head_dim; ++d) {
     out[d] = FloatToHalf(value[d]);
     finite &= (out[d] & kHalfExponent) != kHalfExponent;

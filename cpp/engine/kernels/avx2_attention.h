@@ -1,0 +1,15 @@
+// The parts of AVX2's attention that AVX-512's uses too; AttentionTable's members of these names.
+#pragma once
+
+#include "engine/kernels/attention_table.h"
+
+namespace potluck {
+namespace avx2 {
+
+void Merge(const float* from, size_t head_dim, float* into);
+void Finish(const float* state, size_t head_dim, float* out);
+bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section);
+bool StoreValue(const float* value, size_t head_dim, size_t slot, uint16_t* section);
+
+}  // namespace avx2
+}  // namespace potluck
