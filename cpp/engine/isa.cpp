@@ -48,7 +48,7 @@ const auto& Isas() {
       Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()}, RunsScalar},
 #if defined(POTLUCK_X86)
       Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
-      Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx2AttentionTable()},
+      Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx512VnniAttentionTable()},
           RunsAvx512Vnni},
 #endif
   };

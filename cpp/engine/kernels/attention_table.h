@@ -70,5 +70,6 @@ struct AttentionTable {
 
 const AttentionTable* ScalarAttentionTable();
 const AttentionTable* Avx2AttentionTable();
+const AttentionTable* Avx512VnniAttentionTable();
 
 }  // namespace potluck
