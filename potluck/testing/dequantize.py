@@ -72,19 +72,21 @@ def _q2_k(blocks: U8) -> F64:
     scales, codes = blocks[:, :16], _two_bits(blocks[:, 16:80]).reshape(-1, 16, 16)
     steps = (scales & 15) * _half(blocks, 80)
     mins = (scales >> 4) * _half(blocks, 82)
-    return (codes * steps[:, :, None] - mins[:, :, None]).reshape(-1, 256)
+    values: F64 = codes * steps[:, :, None] - mins[:, :, None]
+    return values.reshape(-1, 256)
 
 
 def _q3_k(blocks: U8) -> F64:
     """A third bit for each value: bit 4 half + run of byte l, l the column in a run of 32."""
     shifts = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
     high = (blocks[:, None, :32] >> shifts & 1).reshape(-1, 256)  # [block, half and run, l]
-    codes = (_two_bits(blocks[:, 32:96]) + 4 * high - 4).reshape(-1, 16, 16)
+    codes: F64 = (_two_bits(blocks[:, 32:96]) + 4 * high - 4).reshape(-1, 16, 16)
     s = blocks[:, 96:108]
     low = np.concatenate([s[:, :8] & 15, s[:, :8] >> 4], axis=1)
     top = np.concatenate([s[:, 8:] >> 2 * i & 3 for i in range(4)], axis=1)
     steps = ((low | top << 4).astype(np.float64) - 32) * _half(blocks, 108)
-    return (codes * steps[:, :, None]).reshape(-1, 256)
+    values: F64 = codes * steps[:, :, None]
+    return values.reshape(-1, 256)
 
 
 def _q4_k(blocks: U8) -> F64:

@@ -64,7 +64,7 @@ def _q4_1(blocks: F32) -> U8:
 def _q5_0(blocks: F32) -> U8:
     scale = (_largest(blocks) / -16).astype("<f2")
     codes = np.clip(np.rint(_over(blocks, scale) + 16), 0, 31).astype(np.uint8)
-    return _joined(scale, _fifth_bits(codes), _nibbles(codes & 15))
+    return _joined(scale, _fifth_bits(codes), _nibbles(codes & np.uint8(15)))
 
 
 def _q5_1(blocks: F32) -> U8:
@@ -73,7 +73,7 @@ def _q5_1(blocks: F32) -> U8:
     least = least.astype("<f2")
     wide = np.clip(np.rint(_over(blocks - least.astype(np.float32), scale)), 0, 31)
     codes = wide.astype(np.uint8)
-    return _joined(scale, least, _fifth_bits(codes), _nibbles(codes & 15))
+    return _joined(scale, least, _fifth_bits(codes), _nibbles(codes & np.uint8(15)))
 
 
 def _q8_0(blocks: F32) -> U8:
@@ -112,7 +112,7 @@ def _q4_k(blocks: F32) -> U8:
 def _q5_k(blocks: F32) -> U8:
     d, dmin, scales, mins, codes = _with_mins(blocks, 32, 63, 31)
     high = np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little").reshape(-1, 32)
-    return _joined(d, dmin, _six_bits(scales, mins), high, _four_bits(codes & 15))
+    return _joined(d, dmin, _six_bits(scales, mins), high, _four_bits(codes & np.uint8(15)))
 
 
 def _q6_k(blocks: F32) -> U8:
@@ -176,15 +176,15 @@ def _fifth_bits(codes: U8) -> U8:
 def _two_bits(codes: U8) -> U8:
     """Codes of 2 bits: each half of 128 in 32 bytes, four runs of 32 at rising bits; [n, 64]."""
     q = codes.reshape(-1, 2, 4, 32)
-    packed: U8 = q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6
-    return packed.reshape(-1, 64)
+    packed = q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6
+    return packed.astype(np.uint8).reshape(-1, 64)
 
 
 def _four_bits(codes: U8) -> U8:
     """Codes of 4 bits: each 64 in 32 bytes, the first 32 in the low nibbles; [n, 128]."""
     q = codes.reshape(-1, 4, 2, 32)
-    packed: U8 = q[:, :, 0] | q[:, :, 1] << 4
-    return packed.reshape(-1, 128)
+    packed = q[:, :, 0] | q[:, :, 1] << 4
+    return packed.astype(np.uint8).reshape(-1, 128)
 
 
 def _six_bits(scales: U8, mins: U8) -> U8:

@@ -217,9 +217,9 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path: Path, name: str, na
 
 
 def test_a_type_the_engine_lacks_is_named(tmp_path: Path) -> None:
-    wrong = Tensor("blk.1.attn_q.weight", "q5_0", (64, 64), bytes(64 * 64 // 32 * 22))
+    wrong = Tensor("blk.1.attn_q.weight", "iq4_nl", (64, 64), bytes(64 * 64 // 32 * 18))
     with pytest.raises(
-        ModelError, match=r"blk\.1\.attn_q\.weight: type q5_0 is not supported \(f32"
+        ModelError, match=r"blk\.1\.attn_q\.weight: type iq4_nl is not supported \(f32"
     ):
         config_of(written(tmp_path, tensors={wrong.name: wrong}))
 
