@@ -7,9 +7,6 @@
 namespace potluck {
 namespace {
 
-// The largest user is the AVX2 GEMM: codes of 16 rows and their scales for one chunk of K.
-constexpr size_t kScratchBytes = size_t{64} * 1024;
-
 // Index of the group that holds a row of the batch.
 size_t GroupOf(Grain grain, size_t row, size_t rows) {
   const size_t least = rows / GroupCount(grain, rows);

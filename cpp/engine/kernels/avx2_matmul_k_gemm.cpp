@@ -20,6 +20,7 @@ struct Chunk {
   float dmin[16];
   float sums[kBandRows * 16];  // [band row][16]
 };
+static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 
 template <int G, class Type>
 inline void UnpackRun(Type type, const uint8_t* run, uint8_t* to) {

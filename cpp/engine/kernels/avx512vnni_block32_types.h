@@ -58,17 +58,34 @@ PanelShape ShapeOf(size_t k) {
 
 #if defined(POTLUCK_MUTATION_SEED)  // dropped, for tests to catch
 template <class Type>
-inline __m512i Seed(const uint8_t* /*at*/) {
+inline __m512i SeedOf(__m512i /*pairs*/) {
   return _mm512_setzero_si512();
 }
 #else
+// The starts of sums from prepared seeds.
+template <class Type>
+inline __m512i SeedOf(__m512i pairs) {
+  if (Type::kSeedFactor == 0) return _mm512_setzero_si512();
+  return _mm512_madd_epi16(pairs, _mm512_set1_epi16(Type::kSeedFactor));
+}
+#endif
+
 // The start of a sum, one row of activations in all lanes.
 template <class Type>
 inline __m512i Seed(const uint8_t* at) {
-  if (Type::kSeedFactor == 0) return _mm512_setzero_si512();
-  return _mm512_madd_epi16(Broadcast(at), _mm512_set1_epi16(Type::kSeedFactor));
+  return SeedOf<Type>(Broadcast(at));
 }
-#endif
+
+// The starts of `count` sums, words of prepared seeds, as int32.
+template <class Type>
+inline void ReadStarts(const uint8_t* seeds, size_t count, int32_t* starts) {
+  for (size_t i = 0; i < count; i += 16) {
+    const __mmask16 mask =
+        static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
+    const __m512i pairs = _mm512_maskz_loadu_epi32(mask, seeds + 4 * i);
+    _mm512_store_si512(starts + i, SeedOf<Type>(pairs));
+  }
+}
 
 // acc + (sum as float) * (d * da), then + m * dsum: one step of the canonical chain, for 16 rows of
 // weights.

@@ -43,6 +43,11 @@ void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t 
     const uint8_t* d = record + b % g * kScaleBytes;
     const uint8_t* run = record + shape.codes_offset + b % g * Type::kRunBytes;
     uint8_t* to = chunk.codes + (b - first) * kUnpackedBlock + 32 * side;
+    const uint8_t* ahead = run + kChunkBlocks * (shape.record_bytes / g);  // the next chunk's
+    for (size_t line = 0; line < shape.record_bytes / g; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + apart + line), _MM_HINT_T1);
+    }
     UnpackWord<0>(type, run, apart, to);
     UnpackWord<1>(type, run, apart, to);
     UnpackWord<2>(type, run, apart, to);
@@ -64,7 +69,6 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
                                        const uint8_t* data, const RowGroup& group, float* c) {
   const uint8_t* w = chunk.codes;
   const uint8_t* x = data + group.codes + first * 32 * S;
-  const uint8_t* seeds = data + group.seeds + first * 4 * S;
   const float* scales = reinterpret_cast<const float*>(data + group.scales) + first * S;
   const float* sums = reinterpret_cast<const float*>(data + group.sums) + first * S;
   const float* d = chunk.d;
@@ -75,10 +79,16 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
     acc0[t] = _mm512_loadu_ps(c + 32 * t);
     acc1[t] = _mm512_loadu_ps(c + 32 * t + 16);
   }
+  // One madd makes 16 starts here; in the loop it would take dpbusd's place for each.
+  alignas(64) int32_t starts[(kChunkBlocks * S + 15) / 16 * 16];
+  if (Type::kSeedFactor != 0)
+    ReadStarts<Type>(data + group.seeds + first * 4 * S, blocks * S, starts);
   for (size_t b = 0; b < blocks; ++b) {
     __m512i sum0[S], sum1[S];
 #pragma GCC unroll 4
-    for (size_t t = 0; t < S; ++t) sum0[t] = sum1[t] = Seed<Type>(seeds + 4 * t);
+    for (size_t t = 0; t < S; ++t)
+      sum0[t] = sum1[t] =
+          Type::kSeedFactor == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[b * S + t]);
 #pragma GCC unroll 8
     for (size_t g = 0; g < 8; ++g) {
       const __m512i w0 = _mm512_loadu_si512(w + 128 * g);
@@ -100,7 +110,6 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t blocks, size_t
     }
     w += kUnpackedBlock;
     x += 32 * S;
-    seeds += 4 * S;
     scales += S;
     sums += S;
     d += 32;
@@ -118,6 +127,9 @@ template <class Type>
 void MultiplyBand(const PanelShape& shape, const uint8_t* panels, const PreparedRows& x,
                   size_t first_group, size_t last_group, float* out, size_t out_stride,
                   const Chunk& chunk) {
+  RowGroup groups[kBandRows / kTileRows];
+  for (size_t index = first_group; index < last_group; ++index)
+    groups[index - first_group] = GroupAt(x.grain, x.rows, x.k, index);
   __builtin_memset(chunk.sums, 0, (last_group - first_group) * kTileRows * 32 * sizeof(float));
   for (size_t first = 0; first < shape.blocks; first += kChunkBlocks) {
     const size_t last = first + kChunkBlocks < shape.blocks ? first + kChunkBlocks : shape.blocks;
@@ -126,7 +138,7 @@ void MultiplyBand(const PanelShape& shape, const uint8_t* panels, const Prepared
     }
     float* c = chunk.sums;
     for (size_t index = first_group; index < last_group; ++index, c += kTileRows * 32) {
-      const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
+      const RowGroup& group = groups[index - first_group];
       if (group.rows == kTileRows) {
         AddTile<Type, 4>(chunk, last - first, first, x.data, group, c);
       } else {
@@ -136,7 +148,7 @@ void MultiplyBand(const PanelShape& shape, const uint8_t* panels, const Prepared
   }
   const float* c = chunk.sums;
   for (size_t index = first_group; index < last_group; ++index, c += kTileRows * 32) {
-    const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
+    const RowGroup& group = groups[index - first_group];
     for (size_t t = 0; t < group.rows; ++t) {
       float* to = out + (group.first + t) * out_stride;
       _mm512_storeu_ps(to, _mm512_loadu_ps(c + 32 * t));

@@ -9,15 +9,24 @@ namespace {
 constexpr size_t kWeightRows = 32;  // of a tile
 constexpr size_t kBandRows = 256;   // rows that share one unpacking; their outputs take 32 KiB
 
-// A record of 4 panels, unpacked, and the outputs of a band of rows so far.
-struct Chunk {
+// Records unpacked at once: fewer calls, and outputs loaded and stored less often.
+constexpr size_t kChunkRecords = 2;
+
+// A record of 4 panels, unpacked.
+struct Record {
   uint8_t codes[256 * kWeightRows];  // [64 groups of 4 k][4 panels][32]
   int32_t scales[16 * kWeightRows];  // [sub-block][32 rows]
   int32_t factors[8 * kWeightRows];  // pairs of int16, [w][32 rows]
   float d[kWeightRows];
   float dmin[kWeightRows];
+};
+
+// Records of 4 panels, and the outputs of a band of rows so far.
+struct Chunk {
+  Record records[kChunkRecords];
   float sums[kBandRows * kWeightRows];  // [band row][32]
 };
+static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 
 template <int G, class Type>
 inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to) {
@@ -26,7 +35,7 @@ inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to)
 
 // A record of two of the 4 panels, sides `side` and `side` + 1.
 template <class Type>
-void Unpack(const uint8_t* record, size_t apart, size_t side, Chunk& chunk) {
+void Unpack(const uint8_t* record, size_t apart, size_t side, Record& chunk) {
   constexpr Type type;
   SubScales sub;
   ReadSubScales(type, record + Type::kFields, apart, sub);
@@ -52,8 +61,8 @@ void Unpack(const uint8_t* record, size_t apart, size_t side, Chunk& chunk) {
 
 // c[S rows][32] += record b of 4 panels times a group of S rows.
 template <class Type, size_t S>
-__attribute__((noinline)) void AddTile(const Chunk& chunk, size_t b, const uint8_t* data,
-                                       const RowGroup& group, float* c) {
+inline void AddRecords(const Record& chunk, size_t b, const uint8_t* data, const RowGroup& group,
+                       float* c) {
   const uint8_t* w = chunk.codes;
   const uint8_t* x = data + group.codes + b * 256 * S;
   const uint8_t* sums = data + group.sums + b * 32 * S;
@@ -112,30 +121,44 @@ __attribute__((noinline)) void AddTile(const Chunk& chunk, size_t b, const uint8
   }
 }
 
+// The same for records [first, last).
+template <class Type, size_t S>
+__attribute__((noinline)) void AddTile(const Chunk& chunk, size_t first, size_t last,
+                                       const uint8_t* data, const RowGroup& group, float* c) {
+  for (size_t b = first; b < last; ++b)
+    AddRecords<Type, S>(chunk.records[b - first], b, data, group, c);
+}
+
 // 4 panels times the groups [first_group, last_group), at most kBandRows rows.
 template <class Type>
 void MultiplyBand(const uint8_t* panels, const PreparedRows& x, size_t first_group,
                   size_t last_group, float* out, size_t out_stride, Chunk& chunk) {
   const size_t records = x.k / 256, panel_bytes = records * Type::kRecordBytes;
   constexpr size_t kGroupSums = kTileRows * kWeightRows;
+  RowGroup groups[kBandRows / kTileRows];
+  for (size_t index = first_group; index < last_group; ++index)
+    groups[index - first_group] = GroupAt(x.grain, x.rows, x.k, index);
   __builtin_memset(chunk.sums, 0, (last_group - first_group) * kGroupSums * sizeof(float));
-  for (size_t b = 0; b < records; ++b) {
-    const uint8_t* record = panels + b * Type::kRecordBytes;
-    Unpack<Type>(record, panel_bytes, 0, chunk);
-    Unpack<Type>(record + 2 * panel_bytes, panel_bytes, 2, chunk);
+  for (size_t first = 0; first < records; first += kChunkRecords) {
+    const size_t last = first + kChunkRecords < records ? first + kChunkRecords : records;
+    for (size_t b = first; b < last; ++b) {
+      const uint8_t* record = panels + b * Type::kRecordBytes;
+      Unpack<Type>(record, panel_bytes, 0, chunk.records[b - first]);
+      Unpack<Type>(record + 2 * panel_bytes, panel_bytes, 2, chunk.records[b - first]);
+    }
     float* c = chunk.sums;
     for (size_t index = first_group; index < last_group; ++index, c += kGroupSums) {
-      const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
+      const RowGroup& group = groups[index - first_group];
       if (group.rows == kTileRows) {
-        AddTile<Type, 4>(chunk, b, x.data, group, c);
+        AddTile<Type, 4>(chunk, first, last, x.data, group, c);
       } else {
-        AddTile<Type, 3>(chunk, b, x.data, group, c);
+        AddTile<Type, 3>(chunk, first, last, x.data, group, c);
       }
     }
   }
   const float* c = chunk.sums;
   for (size_t index = first_group; index < last_group; ++index, c += kGroupSums) {
-    const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
+    const RowGroup& group = groups[index - first_group];
     for (size_t t = 0; t < group.rows; ++t) {
       float* to = out + (group.first + t) * out_stride;
       _mm512_storeu_ps(to, _mm512_load_ps(c + kWeightRows * t));

@@ -17,6 +17,9 @@ constexpr size_t kTileRows = 4;    // rows of a GEMM tile
 // cost less than unpacking it for tiles (16 rows by 4096 columns: 0.6 of the time on Zen 5, VNNI).
 constexpr size_t kFewRows = 64;
 
+// What a thread has for unpacked codes and scales of a chunk of K, and for sums.
+constexpr size_t kScratchBytes = size_t{64} * 1024;
+
 // Prepared rows lie in groups. The `rows` rows of a group are interleaved by words of 4 bytes: word
 // j of row i stands at word [j * rows + i] of each array. They are as few as hold at most 8 rows
 // each, or 4 where kernels have tiles for that: beyond kFewRows, kFloat beyond 8. And they are
