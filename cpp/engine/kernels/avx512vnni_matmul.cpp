@@ -20,8 +20,11 @@ bool IsFedByOneStream(WeightType type) {
          type == WeightType::kQ4_K;
 }
 
-void MultiplyBlocks(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+// Panels that are left out are an odd last one at most.
+size_t MultiplyMany(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                     float* out, size_t out_stride, uint8_t* scratch) {
+  if (x.grain == Grain::kFloat)
+    return avx512vnni::MultiplyFloats(type, panels, n_panels, x, out, out_stride, scratch);
   const bool is_k = x.grain == Grain::kBlock256;
   size_t p = 0;
   if (x.rows > kFewRows) {
@@ -29,17 +32,17 @@ void MultiplyBlocks(WeightType type, const uint8_t* panels, size_t n_panels, con
     p = fours(type, panels, n_panels, x, out, out_stride, scratch);
   }
   const auto twos = is_k ? avx512vnni::MultiplyKTwos : avx512vnni::MultiplyTwos;
-  p = twos(type, panels, p, n_panels, x, out, out_stride);
-  if (p == n_panels) return;
-  panels += p * PanelBytes(type, x.k);  // an odd last one
-  MultiplyByAvx2(type, panels, 1, x, out + p * kPanelRows, out_stride, scratch);
+  return twos(type, panels, p, n_panels, x, out, out_stride);
 }
 
 void Multiply(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
               float* out, size_t out_stride, uint8_t* scratch) {
-  if (x.grain == Grain::kFloat || (x.rows == 1 && IsFedByOneStream(type)))
+  if (x.rows == 1 && IsFedByOneStream(type))
     return MultiplyByAvx2(type, panels, n_panels, x, out, out_stride, scratch);
-  MultiplyBlocks(type, panels, n_panels, x, out, out_stride, scratch);
+  const size_t p = MultiplyMany(type, panels, n_panels, x, out, out_stride, scratch);
+  if (p == n_panels) return;
+  panels += p * PanelBytes(type, x.k);
+  MultiplyByAvx2(type, panels, 1, x, out + p * kPanelRows, out_stride, scratch);
 }
 
 constexpr MatMulTable kTable = {"avx512vnni", avx2::Prepare, Multiply};

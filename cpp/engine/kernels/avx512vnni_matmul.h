@@ -20,6 +20,8 @@ size_t MultiplyKFours(WeightType type, const uint8_t* panels, size_t n_panels,
                       const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 size_t MultiplyKTwos(WeightType type, const uint8_t* panels, size_t p, size_t n_panels,
                      const PreparedRows& x, float* out, size_t out_stride);
+size_t MultiplyFloats(WeightType type, const uint8_t* panels, size_t n_panels,
+                      const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 
 namespace {
 
