@@ -30,6 +30,12 @@ bool RunsAvx2() {
          __builtin_cpu_supports("bmi2");
 }
 
+// Not every compiler's detection knows the name.
+bool RunsAvxVnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return RunsAvx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1u) != 0;
+}
+
 bool RunsAvx512Vnni() {
   return RunsAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -48,6 +54,7 @@ const auto& Isas() {
       Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()}, RunsScalar},
 #if defined(POTLUCK_X86)
       Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
+      Isa{{"avxvnni", AvxVnniMatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvxVnni},
       Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx512VnniAttentionTable()},
           RunsAvx512Vnni},
 #endif

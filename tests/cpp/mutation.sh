@@ -24,6 +24,9 @@ expected() {
     for kernel in "q4_0 2" "q4_0 66" "q5_0 1" "q5_0 66" "q8_0 2" "q8_0 66" "q3_k 1" "q3_k 66" "q6_k 1" "q6_k 66"; do
       echo "avx512vnni $kernel,"
     done
+    for kernel in "q4_0 1" "q4_0 66" "q5_0 1" "q8_0 1" "q8_0 66" "q3_k 1" "q3_k 66" "q6_k 1" "q6_k 66"; do
+      echo "avxvnni $kernel,"
+    done
     ;;
   clamp) echo "avx2 q5_0 1, avx2 q5_0 66, avx2 q8_0 1, avx2 q8_0 13, avx2 q6_k 1, avx2 q6_k 66" ;;
   esac

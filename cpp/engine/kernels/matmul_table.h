@@ -87,7 +87,9 @@ struct MatMulTable {
 const MatMulTable* ScalarMatMulTable();
 // Defined where POTLUCK_X86 is; the CPU must have AVX2, FMA and F16C.
 const MatMulTable* Avx2MatMulTable();
-// The same; needs AVX-512 F, BW, DQ, VL and VNNI too.
+// The same; needs AVX-VNNI too.
+const MatMulTable* AvxVnniMatMulTable();
+// The same; needs AVX-512 F, BW, DQ, VL and VNNI beside AVX2.
 const MatMulTable* Avx512VnniMatMulTable();
 
 }  // namespace potluck

@@ -1,0 +1,61 @@
+// What the AVX-VNNI matrix kernels share: dpbusd on vectors of 8 rows, for CPUs without AVX-512.
+//
+// It adds four products of unsigned and signed bytes to an int32, so there is no depth to watch;
+// codes come out of a panel as on AVX2. Every function here has internal linkage: see
+// matmul_table.h.
+#pragma once
+
+#include "engine/kernels/avx2_codes.h"
+
+namespace potluck {
+namespace avxvnni {
+
+// One translation unit each: MatMulTable's multiply for blocks of 32, and for K types.
+void MultiplyBlock32(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+                     float* out, size_t out_stride, uint8_t* scratch);
+void MultiplyK(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+               float* out, size_t out_stride, uint8_t* scratch);
+
+namespace {
+
+using avx2::Broadcast;
+using avx2::Load;
+using avx2::LoadHalves;
+using avx2::Store;
+
+inline __m256i AddDot(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(sum, w, x);
+}
+
+// Adds codes of 4 values of 8 rows times R rows of activations.
+template <size_t R>
+inline void AddWord(__m256i (&sum)[R], __m256i w, const uint8_t* x) {
+#pragma GCC unroll 8
+  for (size_t t = 0; t < R; ++t) sum[t] = AddDot(sum[t], w, Broadcast(x + 4 * t));
+}
+
+// Codes of 2 panels times S rows; a and b are the sums of the first and the second panel. Named
+// sums, for gcc spills an array of them.
+#define POTLUCK_ADD_TILE_WORD(S, w, x)               \
+  do {                                               \
+    const __m256i w0 = Load(w), w1 = Load((w) + 32); \
+    __m256i xt = Broadcast(x);                       \
+    a0 = AddDot(a0, w0, xt);                         \
+    b0 = AddDot(b0, w1, xt);                         \
+    xt = Broadcast((x) + 4);                         \
+    a1 = AddDot(a1, w0, xt);                         \
+    b1 = AddDot(b1, w1, xt);                         \
+    xt = Broadcast((x) + 8);                         \
+    a2 = AddDot(a2, w0, xt);                         \
+    b2 = AddDot(b2, w1, xt);                         \
+    if ((S) == 4) {                                  \
+      xt = Broadcast((x) + 12);                      \
+      a3 = AddDot(a3, w0, xt);                       \
+      b3 = AddDot(b3, w1, xt);                       \
+    }                                                \
+    POTLUCK_ORDER_LOADS();                           \
+  } while (false)
+
+}  // namespace
+}  // namespace avxvnni
+}  // namespace potluck
