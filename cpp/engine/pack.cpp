@@ -51,9 +51,10 @@ float ValueOf(WeightType type, const PanelBlock& block, size_t r, size_t i) {
     const float value = block.d[r] * code;
     return HasMin(type) ? value + block.m[r] : value;
   }
-  const float scale = block.d[r] * static_cast<float>(block.scales[r][i / 16]);
+  const size_t sub_block = i / 16;
+  const float scale = block.d[r] * static_cast<float>(block.scales[r][sub_block]);
   const float value = scale * code;
-  return HasMin(type) ? value - block.m[r] * static_cast<float>(block.mins[r][i / 16]) : value;
+  return HasMin(type) ? value - block.m[r] * static_cast<float>(block.mins[r][sub_block]) : value;
 }
 
 }  // namespace
