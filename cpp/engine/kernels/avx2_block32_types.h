@@ -30,7 +30,7 @@ struct Q5_0 : Block32<false, 160, 16> {};
 struct Q5_1 : Block32<true, 160, 16> {};
 
 // Unsigned codes of k = 4G..4G+3 of a block.
-template <int G, class Type>
+template <size_t G, class Type>
 inline __m256i Codes(Type /*type*/, const uint8_t* run) {
   if (Type::kRunBytes == 128) return Nibbles<G>(run);
   return _mm256_or_si256(Nibbles<G>(run), PlaneBit<G, 4>(Load(run + 128)));

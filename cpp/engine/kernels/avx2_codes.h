@@ -20,7 +20,7 @@ namespace {
 [[maybe_unused]] inline __m256i High4(__m256i bytes) { return Low4(_mm256_srli_epi16(bytes, 4)); }
 
 // The nibbles of k = 4G..4G+3 of a run.
-template <int G>
+template <size_t G>
 inline __m256i Nibbles(const uint8_t* run) {
   const __m256i both = Load(run + 32 * (G % 4));
   return G < 4 ? Low4(both) : High4(both);

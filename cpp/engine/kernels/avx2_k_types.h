@@ -118,23 +118,23 @@ inline __m256i ScalePairs(const SubScales& sub, size_t run, size_t u) {
 }
 
 // Unsigned codes of k = 4G..4G+3 of a run.
-template <int G>
+template <size_t G>
 inline __m256i Codes(Q2_K /*type*/, const uint8_t* run) {
   return Twos<G % 4>(Load(run + 32 * (G / 4)));
 }
-template <int G>
+template <size_t G>
 inline __m256i Codes(Q3_K /*type*/, const uint8_t* run) {
   return _mm256_or_si256(Twos<G % 4>(Load(run + 32 * (G / 4))), PlaneBit<G, 2>(Load(run + 64)));
 }
-template <int G>
+template <size_t G>
 inline __m256i Codes(Q4_K /*type*/, const uint8_t* run) {
   return Nibbles<G>(run);
 }
-template <int G>
+template <size_t G>
 inline __m256i Codes(Q5_K /*type*/, const uint8_t* run) {
   return _mm256_or_si256(Nibbles<G>(run), PlaneBit<G, 4>(Load(run + 128)));
 }
-template <int G>
+template <size_t G>
 inline __m256i Codes(Q6_K /*type*/, const uint8_t* run) {
   return _mm256_or_si256(Nibbles<G>(run), HighTwos<G % 4>(Load(run + 128 + 32 * (G / 4))));
 }

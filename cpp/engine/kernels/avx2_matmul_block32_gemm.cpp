@@ -33,21 +33,21 @@ Chunk ChunkIn(uint8_t* scratch) {
 template <class Type>
 void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t last, size_t side,
             const Chunk& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   const size_t g = shape.record_blocks;
   uint8_t* to = chunk.codes + 32 * side;
   for (size_t b = first; b < last; ++b, to += kUnpackedBlock) {
     const uint8_t* record = panel + b / g * shape.record_bytes;
     const uint8_t* d = record + b % g * kScaleBytes;
     const uint8_t* run = record + shape.codes_offset + b % g * Type::kRunBytes;
-    Store(to, Codes<0>(type, run));
-    Store(to + 64, Codes<1>(type, run));
-    Store(to + 128, Codes<2>(type, run));
-    Store(to + 192, Codes<3>(type, run));
-    Store(to + 256, Codes<4>(type, run));
-    Store(to + 320, Codes<5>(type, run));
-    Store(to + 384, Codes<6>(type, run));
-    Store(to + 448, Codes<7>(type, run));
+    Store(to, Codes<0>(kType, run));
+    Store(to + 64, Codes<1>(kType, run));
+    Store(to + 128, Codes<2>(kType, run));
+    Store(to + 192, Codes<3>(kType, run));
+    Store(to + 256, Codes<4>(kType, run));
+    Store(to + 320, Codes<5>(kType, run));
+    Store(to + 384, Codes<6>(kType, run));
+    Store(to + 448, Codes<7>(kType, run));
     const size_t at = (b - first) * 16 + 8 * side;
     _mm256_storeu_ps(chunk.d + at, LoadHalves(d));
     if (Type::kHasMin) _mm256_storeu_ps(chunk.m + at, LoadHalves(d + kScaleBytes * g));

@@ -35,21 +35,21 @@ inline void StartUnit(__m256i (&sum)[R], const uint8_t* seeds) {
 template <class Type, size_t R>
 inline void AddRun(__m256i (&total)[R], const uint8_t* codes, const SubScales& sub, size_t run,
                    const uint8_t* x, const uint8_t* seeds) {
-  constexpr Type type;
+  constexpr Type kType;
   __m256i sum[R];
   StartUnit<Type, R>(sum, seeds);
-  AddVector<R>(sum, Codes<0>(type, codes), x);
-  AddVector<R>(sum, Codes<1>(type, codes), x + 4 * R);
-  AddVector<R>(sum, Codes<2>(type, codes), x + 8 * R);
-  AddVector<R>(sum, Codes<3>(type, codes), x + 12 * R);
+  AddVector<R>(sum, Codes<0>(kType, codes), x);
+  AddVector<R>(sum, Codes<1>(kType, codes), x + 4 * R);
+  AddVector<R>(sum, Codes<2>(kType, codes), x + 8 * R);
+  AddVector<R>(sum, Codes<3>(kType, codes), x + 12 * R);
   if (Type::kUnitVectors == 4) {
     AddScaled<R>(total, sum, ScalePairs<Type>(sub, run, 0));
     StartUnit<Type, R>(sum, seeds + 4 * R);
   }
-  AddVector<R>(sum, Codes<4>(type, codes), x + 16 * R);
-  AddVector<R>(sum, Codes<5>(type, codes), x + 20 * R);
-  AddVector<R>(sum, Codes<6>(type, codes), x + 24 * R);
-  AddVector<R>(sum, Codes<7>(type, codes), x + 28 * R);
+  AddVector<R>(sum, Codes<4>(kType, codes), x + 16 * R);
+  AddVector<R>(sum, Codes<5>(kType, codes), x + 20 * R);
+  AddVector<R>(sum, Codes<6>(kType, codes), x + 24 * R);
+  AddVector<R>(sum, Codes<7>(kType, codes), x + 28 * R);
   AddScaled<R>(total, sum, ScalePairs<Type>(sub, run, Type::kUnitVectors == 4 ? 1 : 0));
 }
 

@@ -22,7 +22,7 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 
-template <int G, class Type>
+template <size_t G, class Type>
 inline void UnpackRun(Type type, const uint8_t* run, uint8_t* to) {
   Store(to + 64 * G, Codes<G>(type, run));
 }
@@ -30,20 +30,20 @@ inline void UnpackRun(Type type, const uint8_t* run, uint8_t* to) {
 // One of the two panels (side 0 or 1).
 template <class Type>
 void Unpack(const uint8_t* record, size_t side, Chunk& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   SubScales sub;
-  ReadSubScales(type, record + Type::kFields, sub);
+  ReadSubScales(kType, record + Type::kFields, sub);
   const uint8_t* run = record + Type::kRuns;
   uint8_t* to = chunk.codes + 32 * side;
   for (size_t i = 0; i < 8; ++i, run += Type::kRunBytes, to += 512) {
-    UnpackRun<0>(type, run, to);
-    UnpackRun<1>(type, run, to);
-    UnpackRun<2>(type, run, to);
-    UnpackRun<3>(type, run, to);
-    UnpackRun<4>(type, run, to);
-    UnpackRun<5>(type, run, to);
-    UnpackRun<6>(type, run, to);
-    UnpackRun<7>(type, run, to);
+    UnpackRun<0>(kType, run, to);
+    UnpackRun<1>(kType, run, to);
+    UnpackRun<2>(kType, run, to);
+    UnpackRun<3>(kType, run, to);
+    UnpackRun<4>(kType, run, to);
+    UnpackRun<5>(kType, run, to);
+    UnpackRun<6>(kType, run, to);
+    UnpackRun<7>(kType, run, to);
     constexpr size_t kUnitsOfRun = 8 / Type::kUnitVectors;
     for (size_t u = 0; u < kUnitsOfRun; ++u)
       chunk.scales[2 * (kUnitsOfRun * i + u) + side] = ScalePairs<Type>(sub, i, u);

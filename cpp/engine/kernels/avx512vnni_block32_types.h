@@ -27,13 +27,13 @@ struct Q5_1 : Block32<true, 160, 0> {};
 struct Q8_0 : Block32<false, 256, 128> {};
 
 // Unsigned codes of k = 4G..4G+3 of a block of two panels.
-template <int G, class Type>
+template <size_t G, class Type>
 inline __m512i Codes(Type /*type*/, const uint8_t* run, size_t apart) {
   if (Type::kRunBytes == 128) return Nibbles<G>(run, apart);
   const __m512i plane = LoadTwo(run + 128, run + apart + 128);
   return _mm512_or_si512(Nibbles<G>(run, apart), PlaneBit<G, 4>(plane));
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q8_0 /*type*/, const uint8_t* run, size_t apart) {
   const __m512i codes = LoadTwo(run + 32 * G, run + apart + 32 * G);
   return _mm512_xor_si512(codes, _mm512_set1_epi8(-128));

@@ -14,7 +14,7 @@ inline __m512i Low4(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_
 inline __m512i High4(__m512i bytes) { return Low4(_mm512_srli_epi16(bytes, 4)); }
 
 // The nibbles of k = 4G..4G+3 of a run.
-template <int G>
+template <size_t G>
 inline __m512i Nibbles(const uint8_t* run, size_t apart) {
   const uint8_t* at = run + 32 * (G % 4);
   const __m512i both = LoadTwo(at, at + apart);

@@ -27,7 +27,7 @@ Chunk ChunkIn(uint8_t* scratch) {
   return {scratch, d, m, m + kChunkBlocks * kTileRowsOfWeights};
 }
 
-template <int G, class Type>
+template <size_t G, class Type>
 inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to) {
   _mm512_storeu_si512(to + 128 * G, Codes<G>(type, run, apart));
 }
@@ -36,7 +36,7 @@ inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to)
 template <class Type>
 void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t last, size_t side,
             const Chunk& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   const size_t g = shape.record_blocks, apart = shape.panel_bytes;
   for (size_t b = first; b < last; ++b) {
     const uint8_t* record = panel + b / g * shape.record_bytes;
@@ -48,14 +48,14 @@ void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t 
       _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T1);
       _mm_prefetch(reinterpret_cast<const char*>(ahead + apart + line), _MM_HINT_T1);
     }
-    UnpackWord<0>(type, run, apart, to);
-    UnpackWord<1>(type, run, apart, to);
-    UnpackWord<2>(type, run, apart, to);
-    UnpackWord<3>(type, run, apart, to);
-    UnpackWord<4>(type, run, apart, to);
-    UnpackWord<5>(type, run, apart, to);
-    UnpackWord<6>(type, run, apart, to);
-    UnpackWord<7>(type, run, apart, to);
+    UnpackWord<0>(kType, run, apart, to);
+    UnpackWord<1>(kType, run, apart, to);
+    UnpackWord<2>(kType, run, apart, to);
+    UnpackWord<3>(kType, run, apart, to);
+    UnpackWord<4>(kType, run, apart, to);
+    UnpackWord<5>(kType, run, apart, to);
+    UnpackWord<6>(kType, run, apart, to);
+    UnpackWord<7>(kType, run, apart, to);
     const size_t at = (b - first) * kTileRowsOfWeights + 8 * side;
     _mm512_storeu_ps(chunk.d + at, LoadTwoScales(d, d + apart));
     const uint8_t* m = d + kScaleBytes * g;

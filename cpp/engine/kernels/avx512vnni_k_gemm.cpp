@@ -28,7 +28,7 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 
-template <int G, class Type>
+template <size_t G, class Type>
 inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to) {
   _mm512_store_si512(to + 128 * G, Codes<G>(type, run, apart));
 }
@@ -36,20 +36,20 @@ inline void UnpackWord(Type type, const uint8_t* run, size_t apart, uint8_t* to)
 // A record of two of the 4 panels, sides `side` and `side` + 1.
 template <class Type>
 void Unpack(const uint8_t* record, size_t apart, size_t side, Record& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   SubScales sub;
-  ReadSubScales(type, record + Type::kFields, apart, sub);
+  ReadSubScales(kType, record + Type::kFields, apart, sub);
   const uint8_t* run = record + Type::kRuns;
   uint8_t* to = chunk.codes + 32 * side;
   for (size_t i = 0; i < 8; ++i, run += Type::kRunBytes, to += 1024) {
-    UnpackWord<0>(type, run, apart, to);
-    UnpackWord<1>(type, run, apart, to);
-    UnpackWord<2>(type, run, apart, to);
-    UnpackWord<3>(type, run, apart, to);
-    UnpackWord<4>(type, run, apart, to);
-    UnpackWord<5>(type, run, apart, to);
-    UnpackWord<6>(type, run, apart, to);
-    UnpackWord<7>(type, run, apart, to);
+    UnpackWord<0>(kType, run, apart, to);
+    UnpackWord<1>(kType, run, apart, to);
+    UnpackWord<2>(kType, run, apart, to);
+    UnpackWord<3>(kType, run, apart, to);
+    UnpackWord<4>(kType, run, apart, to);
+    UnpackWord<5>(kType, run, apart, to);
+    UnpackWord<6>(kType, run, apart, to);
+    UnpackWord<7>(kType, run, apart, to);
     _mm512_store_si512(chunk.factors + kWeightRows * i + 8 * side, FactorPairs<Type>(sub, i));
   }
   for (size_t s = 0; s < Type::kSubBlocks; ++s)

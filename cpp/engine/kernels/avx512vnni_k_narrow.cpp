@@ -30,21 +30,21 @@ inline void AddScaled(__m512i (&total)[R], const __m512i (&sum)[R], __m512i scal
 template <class Type, size_t R>
 inline void AddRun(__m512i (&total)[R], const uint8_t* codes, size_t apart, const SubScales& sub,
                    size_t run, const uint8_t* x) {
-  constexpr Type type;
+  constexpr Type kType;
   __m512i sum[R];
   Clear<R>(sum);
-  AddWord<R>(sum, Codes<0>(type, codes, apart), x);
-  AddWord<R>(sum, Codes<1>(type, codes, apart), x + 4 * R);
-  AddWord<R>(sum, Codes<2>(type, codes, apart), x + 8 * R);
-  AddWord<R>(sum, Codes<3>(type, codes, apart), x + 12 * R);
+  AddWord<R>(sum, Codes<0>(kType, codes, apart), x);
+  AddWord<R>(sum, Codes<1>(kType, codes, apart), x + 4 * R);
+  AddWord<R>(sum, Codes<2>(kType, codes, apart), x + 8 * R);
+  AddWord<R>(sum, Codes<3>(kType, codes, apart), x + 12 * R);
   if (!Type::kHasScalesOf32) {
     AddScaled<R>(total, sum, ScaleWords(sub, 2 * run));
     Clear<R>(sum);
   }
-  AddWord<R>(sum, Codes<4>(type, codes, apart), x + 16 * R);
-  AddWord<R>(sum, Codes<5>(type, codes, apart), x + 20 * R);
-  AddWord<R>(sum, Codes<6>(type, codes, apart), x + 24 * R);
-  AddWord<R>(sum, Codes<7>(type, codes, apart), x + 28 * R);
+  AddWord<R>(sum, Codes<4>(kType, codes, apart), x + 16 * R);
+  AddWord<R>(sum, Codes<5>(kType, codes, apart), x + 20 * R);
+  AddWord<R>(sum, Codes<6>(kType, codes, apart), x + 24 * R);
+  AddWord<R>(sum, Codes<7>(kType, codes, apart), x + 28 * R);
   AddScaled<R>(total, sum, ScaleWords(sub, Type::kHasScalesOf32 ? run : 2 * run + 1));
 }
 

@@ -33,30 +33,30 @@ struct Q5_K : KShape<true, 96, 160, true, 0> {};
 struct Q6_K : KShape<false, 128, 192, false, 5> {};
 
 // Unsigned codes of k = 4G..4G+3 of a run of two panels.
-template <int G>
+template <size_t G>
 inline __m512i TwoBits(const uint8_t* run, size_t apart) {
   const uint8_t* at = run + 32 * (G / 4);
   return LoadTwo(at, at + apart);
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q2_K /*type*/, const uint8_t* run, size_t apart) {
   return Twos<G % 4, 0>(TwoBits<G>(run, apart));
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q3_K /*type*/, const uint8_t* run, size_t apart) {
   const __m512i plane = LoadTwo(run + 64, run + apart + 64);
   return _mm512_or_si512(Twos<G % 4, 0>(TwoBits<G>(run, apart)), PlaneBit<G, 2>(plane));
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q4_K /*type*/, const uint8_t* run, size_t apart) {
   return Nibbles<G>(run, apart);
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q5_K /*type*/, const uint8_t* run, size_t apart) {
   const __m512i plane = LoadTwo(run + 128, run + apart + 128);
   return _mm512_or_si512(Nibbles<G>(run, apart), PlaneBit<G, 4>(plane));
 }
-template <int G>
+template <size_t G>
 inline __m512i Codes(Q6_K /*type*/, const uint8_t* run, size_t apart) {
   const __m512i tops = TwoBits<G>(run + 128, apart);
   return _mm512_or_si512(Nibbles<G>(run, apart), Twos<G % 4, 4>(tops));

@@ -15,15 +15,15 @@ inline void AddWord(__m512i (&sum)[R], __m512i w, const uint8_t* x) {
 // Adds 32 values of 16 rows of weights.
 template <class Type, size_t R>
 inline void AddCodes(__m512i (&sum)[R], const uint8_t* run, size_t apart, const uint8_t* x) {
-  constexpr Type type;
-  AddWord<R>(sum, Codes<0>(type, run, apart), x);
-  AddWord<R>(sum, Codes<1>(type, run, apart), x + 4 * R);
-  AddWord<R>(sum, Codes<2>(type, run, apart), x + 8 * R);
-  AddWord<R>(sum, Codes<3>(type, run, apart), x + 12 * R);
-  AddWord<R>(sum, Codes<4>(type, run, apart), x + 16 * R);
-  AddWord<R>(sum, Codes<5>(type, run, apart), x + 20 * R);
-  AddWord<R>(sum, Codes<6>(type, run, apart), x + 24 * R);
-  AddWord<R>(sum, Codes<7>(type, run, apart), x + 28 * R);
+  constexpr Type kType;
+  AddWord<R>(sum, Codes<0>(kType, run, apart), x);
+  AddWord<R>(sum, Codes<1>(kType, run, apart), x + 4 * R);
+  AddWord<R>(sum, Codes<2>(kType, run, apart), x + 8 * R);
+  AddWord<R>(sum, Codes<3>(kType, run, apart), x + 12 * R);
+  AddWord<R>(sum, Codes<4>(kType, run, apart), x + 16 * R);
+  AddWord<R>(sum, Codes<5>(kType, run, apart), x + 20 * R);
+  AddWord<R>(sum, Codes<6>(kType, run, apart), x + 24 * R);
+  AddWord<R>(sum, Codes<7>(kType, run, apart), x + 28 * R);
 }
 
 // Two panels times the R rows of a group.

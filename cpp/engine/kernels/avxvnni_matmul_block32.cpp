@@ -18,11 +18,11 @@ constexpr size_t kBandRows = 128;       // rows that share one unpacking; their 
 
 struct Q8_0 : avx2::Block32<false, 256, 128> {};
 
-template <int G, class Type>
+template <size_t G, class Type>
 inline __m256i CodesOf(Type type, const uint8_t* run) {
   return avx2::Codes<G>(type, run);
 }
-template <int G>
+template <size_t G>
 inline __m256i CodesOf(Q8_0 /*type*/, const uint8_t* run) {
   return _mm256_xor_si256(Load(run + 32 * G), _mm256_set1_epi8(-128));
 }
@@ -44,7 +44,7 @@ template <class Type, size_t R>
 __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uint8_t* panel,
                                               const uint8_t* data, const RowGroup& group,
                                               float* out, size_t out_stride) {
-  constexpr Type type;
+  constexpr Type kType;
   const uint8_t* x = data + group.codes;
   const uint8_t* seeds = data + group.seeds;
   const float* scales = reinterpret_cast<const float*>(data + group.scales);
@@ -61,14 +61,14 @@ __attribute__((noinline)) void MultiplyNarrow(const PanelShape& shape, const uin
       __m256i sum[R];
 #pragma GCC unroll 8
       for (size_t t = 0; t < R; ++t) sum[t] = Start<Type>(seeds + 4 * t);
-      AddWord<R>(sum, CodesOf<0>(type, run), x);
-      AddWord<R>(sum, CodesOf<1>(type, run), x + 4 * R);
-      AddWord<R>(sum, CodesOf<2>(type, run), x + 8 * R);
-      AddWord<R>(sum, CodesOf<3>(type, run), x + 12 * R);
-      AddWord<R>(sum, CodesOf<4>(type, run), x + 16 * R);
-      AddWord<R>(sum, CodesOf<5>(type, run), x + 20 * R);
-      AddWord<R>(sum, CodesOf<6>(type, run), x + 24 * R);
-      AddWord<R>(sum, CodesOf<7>(type, run), x + 28 * R);
+      AddWord<R>(sum, CodesOf<0>(kType, run), x);
+      AddWord<R>(sum, CodesOf<1>(kType, run), x + 4 * R);
+      AddWord<R>(sum, CodesOf<2>(kType, run), x + 8 * R);
+      AddWord<R>(sum, CodesOf<3>(kType, run), x + 12 * R);
+      AddWord<R>(sum, CodesOf<4>(kType, run), x + 16 * R);
+      AddWord<R>(sum, CodesOf<5>(kType, run), x + 20 * R);
+      AddWord<R>(sum, CodesOf<6>(kType, run), x + 24 * R);
+      AddWord<R>(sum, CodesOf<7>(kType, run), x + 28 * R);
       const __m256 dw = LoadHalves(d);
       const __m256 mw = Type::kHasMin ? LoadHalves(d + kScaleBytes * shape.record_blocks) : dw;
 #pragma GCC unroll 8
@@ -123,21 +123,21 @@ static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 template <class Type>
 void Unpack(const PanelShape& shape, const uint8_t* panel, size_t first, size_t last, size_t side,
             Chunk& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   const size_t g = shape.record_blocks;
   for (size_t b = first; b < last; ++b) {
     const uint8_t* record = panel + b / g * shape.record_bytes;
     const uint8_t* d = record + b % g * kScaleBytes;
     const uint8_t* run = record + shape.codes_offset + b % g * Type::kRunBytes;
     uint8_t* to = chunk.codes + (b - first) * kUnpackedBlock + 32 * side;
-    Store(to, CodesOf<0>(type, run));
-    Store(to + 64, CodesOf<1>(type, run));
-    Store(to + 128, CodesOf<2>(type, run));
-    Store(to + 192, CodesOf<3>(type, run));
-    Store(to + 256, CodesOf<4>(type, run));
-    Store(to + 320, CodesOf<5>(type, run));
-    Store(to + 384, CodesOf<6>(type, run));
-    Store(to + 448, CodesOf<7>(type, run));
+    Store(to, CodesOf<0>(kType, run));
+    Store(to + 64, CodesOf<1>(kType, run));
+    Store(to + 128, CodesOf<2>(kType, run));
+    Store(to + 192, CodesOf<3>(kType, run));
+    Store(to + 256, CodesOf<4>(kType, run));
+    Store(to + 320, CodesOf<5>(kType, run));
+    Store(to + 384, CodesOf<6>(kType, run));
+    Store(to + 448, CodesOf<7>(kType, run));
     const size_t at = (b - first) * 16 + 8 * side;
     _mm256_storeu_ps(chunk.d + at, LoadHalves(d));
     if (Type::kHasMin) _mm256_storeu_ps(chunk.m + at, LoadHalves(d + kScaleBytes * g));

@@ -58,7 +58,7 @@ inline __m256 AddTotals(__m256 acc, __m256i total, __m256i taken, __m256 d, __m2
 template <class Type, size_t R>
 inline void AddRun(__m256i (&total)[R], const uint8_t* codes, const SubScales& sub, size_t run,
                    const uint8_t* x) {
-  constexpr Type type;
+  constexpr Type kType;
   __m256i sum[R];
   const auto start = [&sum] {
 #pragma GCC unroll 8
@@ -71,18 +71,18 @@ inline void AddRun(__m256i (&total)[R], const uint8_t* codes, const SubScales& s
       total[t] = _mm256_add_epi32(total[t], _mm256_mullo_epi32(sum[t], scales));
   };
   start();
-  AddWord<R>(sum, avx2::Codes<0>(type, codes), x);
-  AddWord<R>(sum, avx2::Codes<1>(type, codes), x + 4 * R);
-  AddWord<R>(sum, avx2::Codes<2>(type, codes), x + 8 * R);
-  AddWord<R>(sum, avx2::Codes<3>(type, codes), x + 12 * R);
+  AddWord<R>(sum, avx2::Codes<0>(kType, codes), x);
+  AddWord<R>(sum, avx2::Codes<1>(kType, codes), x + 4 * R);
+  AddWord<R>(sum, avx2::Codes<2>(kType, codes), x + 8 * R);
+  AddWord<R>(sum, avx2::Codes<3>(kType, codes), x + 12 * R);
   if (!Type::kHasScalesOf32) {
     finish(2 * run);
     start();
   }
-  AddWord<R>(sum, avx2::Codes<4>(type, codes), x + 16 * R);
-  AddWord<R>(sum, avx2::Codes<5>(type, codes), x + 20 * R);
-  AddWord<R>(sum, avx2::Codes<6>(type, codes), x + 24 * R);
-  AddWord<R>(sum, avx2::Codes<7>(type, codes), x + 28 * R);
+  AddWord<R>(sum, avx2::Codes<4>(kType, codes), x + 16 * R);
+  AddWord<R>(sum, avx2::Codes<5>(kType, codes), x + 20 * R);
+  AddWord<R>(sum, avx2::Codes<6>(kType, codes), x + 24 * R);
+  AddWord<R>(sum, avx2::Codes<7>(kType, codes), x + 28 * R);
   finish(Type::kHasScalesOf32 ? run : 2 * run + 1);
 }
 
@@ -164,20 +164,20 @@ static_assert(sizeof(Chunk) <= kScratchBytes, "fits into a thread's scratch");
 // One of the two panels (side 0 or 1).
 template <class Type>
 void Unpack(const uint8_t* record, size_t side, Chunk& chunk) {
-  constexpr Type type;
+  constexpr Type kType;
   SubScales sub;
-  avx2::ReadSubScales(type, record + Type::kFields, sub);
+  avx2::ReadSubScales(kType, record + Type::kFields, sub);
   const uint8_t* run = record + Type::kRuns;
   uint8_t* to = chunk.codes + 32 * side;
   for (size_t i = 0; i < 8; ++i, run += Type::kRunBytes, to += 512) {
-    Store(to, avx2::Codes<0>(type, run));
-    Store(to + 64, avx2::Codes<1>(type, run));
-    Store(to + 128, avx2::Codes<2>(type, run));
-    Store(to + 192, avx2::Codes<3>(type, run));
-    Store(to + 256, avx2::Codes<4>(type, run));
-    Store(to + 320, avx2::Codes<5>(type, run));
-    Store(to + 384, avx2::Codes<6>(type, run));
-    Store(to + 448, avx2::Codes<7>(type, run));
+    Store(to, avx2::Codes<0>(kType, run));
+    Store(to + 64, avx2::Codes<1>(kType, run));
+    Store(to + 128, avx2::Codes<2>(kType, run));
+    Store(to + 192, avx2::Codes<3>(kType, run));
+    Store(to + 256, avx2::Codes<4>(kType, run));
+    Store(to + 320, avx2::Codes<5>(kType, run));
+    Store(to + 384, avx2::Codes<6>(kType, run));
+    Store(to + 448, avx2::Codes<7>(kType, run));
     for (size_t s = 0; s < kSubBlocksOfRun<Type>; ++s) {
       const size_t sub_block = kSubBlocksOfRun<Type> * i + s;
       chunk.scales[2 * sub_block + side] = ScaleWords(sub, sub_block);

@@ -126,10 +126,9 @@ struct RowReader {
   RowGroup group;
   size_t lane;
 
-  int8_t Code(size_t i) const {
-    int8_t code = 0;
-    std::memcpy(&code, data + group.codes + (i / 4 * group.rows + lane) * 4 + i % 4, 1);
-    return code;
+  int Code(size_t i) const {
+    const uint8_t byte = data[group.codes + (i / 4 * group.rows + lane) * 4 + i % 4];
+    return byte < 128 ? byte : byte - 256;
   }
   float Float(size_t array, size_t index) const {
     float value = 0;
