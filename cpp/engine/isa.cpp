@@ -15,7 +15,7 @@
 namespace potluck {
 namespace {
 
-bool RunsScalar() { return true; }
+bool RunsBaseline() { return true; }
 
 #if defined(POTLUCK_X86)
 // Older clangs know no "f16c" in the detection below.
@@ -51,12 +51,16 @@ struct Isa {
 // All that are compiled in, the better the later.
 const auto& Isas() {
   static const auto isas = std::array{
-      Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()}, RunsScalar},
+      Isa{{"scalar", ScalarMatMulTable(), ScalarVectorTable(), ScalarAttentionTable()},
+          RunsBaseline},
 #if defined(POTLUCK_X86)
       Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
       Isa{{"avxvnni", AvxVnniMatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvxVnni},
       Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx512VnniAttentionTable()},
           RunsAvx512Vnni},
+#endif
+#if defined(POTLUCK_ARM64)
+      Isa{{"neon", NeonMatMulTable(), NeonVectorTable(), ScalarAttentionTable()}, RunsBaseline},
 #endif
   };
   return isas;

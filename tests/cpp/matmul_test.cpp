@@ -27,6 +27,10 @@ std::vector<const MatMulTable*> Tables() {
   return tables;
 }
 
+void SayTables() {
+  for (const MatMulTable* table : Tables()) std::printf("tried %s\n", table->name);
+}
+
 struct Free {
   void operator()(uint8_t* bytes) const { std::free(bytes); }
 };
@@ -82,6 +86,10 @@ bool IsPartOf(const std::vector<float>& out, size_t rows, size_t columns, size_t
 }
 
 std::vector<size_t> WidthsOf(WeightType type) {
+  if (check::IsShort()) {  // one chunk of K and several, records of 1, 2 and 4 blocks
+    if (InfoOf(type).block_values == 256) return {256, 768};
+    return {32, 192, 640, 1056};
+  }
   if (InfoOf(type).block_values == 256) return {256, 512, 768, 4096, 11008};
   return {32, 64, 96, 160, 256, 512, 576, 640, 672, 4096, 11008};
 }
@@ -134,18 +142,22 @@ void CheckCase(const Case& c, const std::vector<size_t>& batches,
   }
 }
 
-const std::vector<size_t> kBatches = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13,
-                                      14, 15, 16, 17, 18, 20, 33, 64, 65, 66, 67, 130};
+std::vector<size_t> Batches() {
+  if (check::IsShort()) return {1, 2, 3, 4, 5, 6, 7, 8, 13, 65, 130};
+  return {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13,
+          14, 15, 16, 17, 18, 20, 33, 64, 65, 66, 67, 130};
+}
 
 }  // namespace
 
 TEST(EveryIsaHasTheBitsOfTheScalarKernels) {
-  for (const MatMulTable* table : Tables()) std::printf("tried %s\n", table->name);
+  SayTables();
   for (const WeightType type : kAllTypes) {
     for (const size_t k : WidthsOf(type)) {
       const Case c = {
           type, 40, k, 130, weights::FileBytes(type, 40, k, 1), weights::Activations(130, k, 2)};
-      CheckCase(c, kBatches, {1, 2, 3, 4, 5});
+      CheckCase(c, Batches(),
+                check::IsShort() ? std::vector<size_t>{5} : std::vector<size_t>{1, 2, 3, 4, 5});
     }
   }
 }
@@ -162,6 +174,7 @@ TEST(ManyPanelsAndAnOddLastOneHaveTheSameBits) {
 
 // Saturation hides from random data.
 TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
+  SayTables();
   const size_t k = 512;
   const auto sign = [](bool is_negative) { return is_negative ? -1.0f : 1.0f; };
   for (int pattern = 0; pattern < 10; ++pattern) {
@@ -185,8 +198,9 @@ TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
       for (const int byte : {-1, 0x00, 0xff, 0x80, 0x7f, 0xf0, 0x0f}) {
         const Case c = {
             type, 40, k, rows, weights::FileBytes(type, 40, k, 6, Scales::kRandom, byte), x};
+        // Tiles of 1, 2 and 4 panels and what they leave.
         CheckCase(c, {1, 2, 5, 8, 13, rows},
-                  {3, 5});  // tiles of 1, 2 and 4 panels and what they leave
+                  check::IsShort() ? std::vector<size_t>{5} : std::vector<size_t>{3, 5});
       }
     }
   }

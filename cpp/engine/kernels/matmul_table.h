@@ -91,5 +91,7 @@ const MatMulTable* Avx2MatMulTable();
 const MatMulTable* AvxVnniMatMulTable();
 // The same; needs AVX-512 F, BW, DQ, VL and VNNI beside AVX2.
 const MatMulTable* Avx512VnniMatMulTable();
+// Defined where POTLUCK_ARM64 is.
+const MatMulTable* NeonMatMulTable();
 
 }  // namespace potluck

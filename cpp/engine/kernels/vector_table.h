@@ -38,5 +38,6 @@ struct VectorTable {
 
 const VectorTable* ScalarVectorTable();
 const VectorTable* Avx2VectorTable();
+const VectorTable* NeonVectorTable();
 
 }  // namespace potluck
