@@ -6,6 +6,12 @@
 #if defined(POTLUCK_X86)
 #include <cpuid.h>
 #endif
+#if defined(POTLUCK_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(POTLUCK_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "engine/errors.h"
 #include "engine/kernels/attention_table.h"
@@ -43,6 +49,24 @@ bool RunsAvx512Vnni() {
 }
 #endif
 
+#if defined(POTLUCK_ARM64) && defined(__APPLE__)
+// feature: a name below hw.optional.arm
+bool Has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool RunsDotProd() { return Has("hw.optional.arm.FEAT_DotProd"); }
+bool RunsI8mm() { return RunsDotProd() && Has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(POTLUCK_ARM64)
+// Bits of the kernel's arch/arm64/include/uapi/asm/hwcap.h, which older system headers lack.
+constexpr unsigned long kHwcapDotProd = 1UL << 20;
+constexpr unsigned long kHwcap2I8mm = 1UL << 13;
+
+bool RunsDotProd() { return (getauxval(AT_HWCAP) & kHwcapDotProd) != 0; }
+bool RunsI8mm() { return RunsDotProd() && (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0; }
+#endif
+
 struct Isa {
   KernelTable table;
   bool (*runs_here)();
@@ -61,6 +85,9 @@ const auto& Isas() {
 #endif
 #if defined(POTLUCK_ARM64)
       Isa{{"neon", NeonMatMulTable(), NeonVectorTable(), ScalarAttentionTable()}, RunsBaseline},
+      Isa{{"dotprod", DotProdMatMulTable(), NeonVectorTable(), ScalarAttentionTable()},
+          RunsDotProd},
+      Isa{{"i8mm", I8mmMatMulTable(), NeonVectorTable(), ScalarAttentionTable()}, RunsI8mm},
 #endif
   };
   return isas;

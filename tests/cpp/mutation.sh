@@ -31,7 +31,7 @@ expected() {
       echo "avxvnni $kernel,"
     done
     for kernel in "q4_0 1" "q4_0 8" "q5_0 1" "q5_0 8" "q3_k 1" "q3_k 8" "q6_k 1" "q6_k 8"; do
-      echo "neon $kernel,"
+      echo "neon $kernel, dotprod $kernel, i8mm $kernel,"
     done
     ;;
   clamp)

@@ -49,6 +49,10 @@ def stack_moves(listing: str, function: str) -> dict[str, int]:
         ("avx512vnni_gemm", MOST_STACK_MOVES),
         ("neon_matmul_block32", 2 * MOST_STACK_MOVES),  # Q8_0: 8 of 375 instructions
         ("neon_matmul_k", MOST_STACK_MOVES),
+        ("dotprod_matmul_block32", MOST_STACK_MOVES),
+        ("dotprod_matmul_k", MOST_STACK_MOVES),
+        ("i8mm_matmul_block32", MOST_STACK_MOVES),
+        ("i8mm_matmul_k", MOST_STACK_MOVES),
     ],
 )
 def test_the_tiles_of_the_product_of_many_rows_do_not_spill(name: str, most: int) -> None:

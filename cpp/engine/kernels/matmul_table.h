@@ -93,5 +93,9 @@ const MatMulTable* AvxVnniMatMulTable();
 const MatMulTable* Avx512VnniMatMulTable();
 // Defined where POTLUCK_ARM64 is.
 const MatMulTable* NeonMatMulTable();
+// The CPU must have the dot product instructions.
+const MatMulTable* DotProdMatMulTable();
+// And those for matrices of bytes.
+const MatMulTable* I8mmMatMulTable();
 
 }  // namespace potluck
