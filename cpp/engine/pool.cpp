@@ -205,7 +205,9 @@ void Pool::State::AwaitOut(uint64_t in) {
   const auto are_out = [&] { return out.load(std::memory_order_seq_cst) == in; };
   if (SpinUntil(are_out, patience)) return;
   std::unique_lock<std::mutex> lock(sleep);
-  caller_sleeps.store(true, std::memory_order_seq_cst);
+  // Either the last thread out sees this, or this sees it out. A store would do; but qemu on x86
+  // doesn't keep stlr before a later ldar, only what reads and writes at once.
+  caller_sleeps.exchange(true, std::memory_order_seq_cst);
   all_out.wait(lock, are_out);
   caller_sleeps.store(false, std::memory_order_relaxed);
 }
