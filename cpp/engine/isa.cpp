@@ -84,10 +84,9 @@ const auto& Isas() {
           RunsAvx512Vnni},
 #endif
 #if defined(POTLUCK_ARM64)
-      Isa{{"neon", NeonMatMulTable(), NeonVectorTable(), ScalarAttentionTable()}, RunsBaseline},
-      Isa{{"dotprod", DotProdMatMulTable(), NeonVectorTable(), ScalarAttentionTable()},
-          RunsDotProd},
-      Isa{{"i8mm", I8mmMatMulTable(), NeonVectorTable(), ScalarAttentionTable()}, RunsI8mm},
+      Isa{{"neon", NeonMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsBaseline},
+      Isa{{"dotprod", DotProdMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsDotProd},
+      Isa{{"i8mm", I8mmMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsI8mm},
 #endif
   };
   return isas;

@@ -71,5 +71,6 @@ struct AttentionTable {
 const AttentionTable* ScalarAttentionTable();
 const AttentionTable* Avx2AttentionTable();
 const AttentionTable* Avx512VnniAttentionTable();
+const AttentionTable* NeonAttentionTable();
 
 }  // namespace potluck
