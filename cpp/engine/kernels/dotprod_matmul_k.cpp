@@ -1,7 +1,7 @@
 // K types on ARM with dot products.
 #include "engine/kernels/dotprod_matmul.h"
 #include "engine/kernels/dotprod_sums.h"
-#include "engine/kernels/neon_k.h"
+#include "engine/kernels/neon_k_tiles.h"
 
 namespace potluck {
 namespace dotprod {

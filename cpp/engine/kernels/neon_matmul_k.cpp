@@ -1,5 +1,5 @@
 // K types on plain ARMv8-A. Depths: neon_sums.h.
-#include "engine/kernels/neon_k.h"
+#include "engine/kernels/neon_k_tiles.h"
 #include "engine/kernels/neon_matmul.h"
 #include "engine/kernels/neon_sums.h"
 
