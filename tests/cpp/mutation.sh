@@ -56,7 +56,7 @@ set --
 missed=0
 for mutation in depth seed clamp; do
   folder="$build/$mutation"
-  cmake -S "$root/cpp" -B "$folder" -DPOTLUCK_TESTS=ON -DPOTLUCK_MODULE=OFF "-DPOTLUCK_MUTATION=$mutation" "$@" > /dev/null
+  [ -f "$folder/CMakeCache.txt" ] || cmake -S "$root/cpp" -B "$folder" -DPOTLUCK_TESTS=ON -DPOTLUCK_MODULE=OFF "-DPOTLUCK_MUTATION=$mutation" "$@" > /dev/null
   cmake --build "$folder" --target matmul_test -j 2 > "$folder/build.log" 2>&1 || {
     tail -n 20 "$folder/build.log"
     exit 2
