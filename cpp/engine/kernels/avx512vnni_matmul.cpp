@@ -12,14 +12,6 @@ void MultiplyByAvx2(WeightType type, const uint8_t* panels, size_t n_panels, con
   Avx2MatMulTable()->multiply(type, panels, n_panels, x, out, out_stride, scratch);
 }
 
-// Types whose codes AVX2 takes out so quickly that one row waits for memory; then one stream is
-// better than two (Zen 5, two threads: Q4_0 87 against 76 GB/s, Q4_K 84 against 80; but Q6_K 79
-// against 82, Q3_K 43 against 84).
-bool IsFedByOneStream(WeightType type) {
-  return type == WeightType::kQ4_0 || type == WeightType::kQ4_1 || type == WeightType::kQ8_0 ||
-         type == WeightType::kQ4_K;
-}
-
 // Panels that are left out are an odd last one at most.
 size_t MultiplyMany(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
                     float* out, size_t out_stride, uint8_t* scratch) {
@@ -37,8 +29,8 @@ size_t MultiplyMany(WeightType type, const uint8_t* panels, size_t n_panels, con
 
 void Multiply(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
               float* out, size_t out_stride, uint8_t* scratch) {
-  if (x.rows == 1 && IsFedByOneStream(type))
-    return MultiplyByAvx2(type, panels, n_panels, x, out, out_stride, scratch);
+  if (x.rows == 1 && x.grain != Grain::kFloat)
+    return avx512vnni::MultiplyOneRow(type, panels, n_panels, x, out);
   const size_t p = MultiplyMany(type, panels, n_panels, x, out, out_stride, scratch);
   if (p == n_panels) return;
   panels += p * PanelBytes(type, x.k);

@@ -20,6 +20,9 @@ size_t MultiplyKFours(WeightType type, const uint8_t* panels, size_t n_panels,
                       const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 size_t MultiplyKTwos(WeightType type, const uint8_t* panels, size_t p, size_t n_panels,
                      const PreparedRows& x, float* out, size_t out_stride);
+// All panels times one row.
+void MultiplyOneRow(WeightType type, const uint8_t* panels, size_t n_panels, const PreparedRows& x,
+                    float* out);
 size_t MultiplyFloats(WeightType type, const uint8_t* panels, size_t n_panels,
                       const PreparedRows& x, float* out, size_t out_stride, uint8_t* scratch);
 

@@ -1,4 +1,5 @@
-// What the AVX-VNNI matrix kernels share: dpbusd on vectors of 8 rows, for CPUs without AVX-512.
+// What matrix kernels with dpbusd on vectors of 8 rows share: the AVX-VNNI table's, and those of
+// the AVX-512 VNNI table for one row, where the same instructions have another encoding.
 //
 // It adds four products of unsigned and signed bytes to an int32, so there is no depth to watch;
 // codes come out of a panel as on AVX2. Every function here has internal linkage: see
@@ -18,14 +19,30 @@ void MultiplyK(WeightType type, const uint8_t* panels, size_t n_panels, const Pr
 
 namespace {
 
+// Ahead in a panel that is read in one pass: of blocks of 32 values, and of 256 (Zen 5: 12 KiB feed
+// Q6_K 3 % faster than 8, Q4_0 5 % slower).
+constexpr size_t kNarrowPrefetchBytes = 8192;
+constexpr size_t kFarPrefetchBytes = 12288;
+
 using avx2::Broadcast;
 using avx2::Load;
 using avx2::LoadHalves;
 using avx2::Store;
 
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+inline __m256i AddDot(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+inline __m256i AddPairs(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_dpwssd_epi32(sum, a, b);
+}
+#else
 inline __m256i AddDot(__m256i sum, __m256i w, __m256i x) {
   return _mm256_dpbusd_avx_epi32(sum, w, x);
 }
+// Adds two products of int16.
+inline __m256i AddPairs(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+}
+#endif
 
 // Adds codes of 4 values of 8 rows times R rows of activations.
 template <size_t R>
