@@ -16,12 +16,14 @@
 #include "engine/cpu.h"
 #include "engine/crc32c.h"
 #include "engine/errors.h"
+#include "engine/float_rules.h"
 #include "engine/isa.h"
 #include "engine/pack_file.h"
 #include "engine/pool.h"
 #include "engine/probe.h"
 #include "engine/product.h"
 #include "engine/shard.h"
+#include "engine/tuning.h"
 #include "engine/types.h"
 #include "engine/vector.h"
 #include "python_buffers.h"
@@ -41,9 +43,9 @@ auto WithoutGil(const Call& call) {
 
 // Kernel table and threads, shared by the shards of a process.
 struct Engine {
-  Engine(size_t threads, const std::string& isa)
+  Engine(size_t threads, const std::string& isa, bool pinned)
       : kernels(ChooseTable(isa)),
-        pool(threads == 0 ? std::min(AllowedCpus(), Pool::kMaxThreads) : threads) {}
+        pool(threads == 0 ? std::min(AllowedCpus(), Pool::kMaxThreads) : threads, pinned) {}
   const KernelTable& kernels;
   Pool pool;
 };
@@ -218,9 +220,20 @@ void BindValues(py::module_& m) {
 
 void BindEngine(py::module_& m) {
   FinalClass<Engine>(m, "Engine")
-      .def(py::init<size_t, const std::string&>(), py::arg("threads") = 0, py::arg("isa") = "auto")
+      .def(py::init<size_t, const std::string&, bool>(), py::arg("threads") = 0,
+           py::arg("isa") = "auto", py::arg("pinned") = false)
       .def_property_readonly("isa", [](const Engine& engine) { return engine.kernels.name; })
       .def_property_readonly("threads", [](const Engine& engine) { return engine.pool.threads(); })
+      .def_property_readonly("decode_threads",
+                             [](const Engine& engine) { return engine.pool.decode_threads(); })
+      .def_property_readonly("prefill_threads",
+                             [](const Engine& engine) { return engine.pool.prefill_threads(); })
+      .def(
+          "tune_threads",
+          [](Engine& engine, size_t weight_bytes) {
+            WithoutGil([&] { TuneThreads(engine.pool, *engine.kernels.matmul, weight_bytes); });
+          },
+          py::arg("weight_bytes") = 67108864)
       .def(
           "read_bandwidth",
           [](Engine& engine, size_t size_bytes, size_t rounds) {

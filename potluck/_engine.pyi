@@ -35,15 +35,28 @@ def log_sum_exp(logits: _Buffer) -> float:
 class Engine:
     """Kernel table and thread pool; one a process. Close order: shards first."""
 
-    def __init__(self, threads: int = 0, isa: str = "auto") -> None:
+    def __init__(self, threads: int = 0, isa: str = "auto", pinned: bool = False) -> None:
         """threads 0: as many as affinity and cgroup quota allow.
 
         isa "auto" obeys POTLUCK_ISA, then takes the best. EngineError: unknown or lacking here.
+        pinned: each thread keeps to a CPU of its own, fast cores first. UsageError: too many.
         """
     @property
     def isa(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def decode_threads(self) -> int:
+        """That work on steps of up to 8 rows."""
+    @property
+    def prefill_threads(self) -> int:
+        """That work on larger steps."""
+    def tune_threads(self, weight_bytes: int = 67108864) -> None:
+        """Measures how many threads are fastest for decode and for prefill, and uses so many.
+
+        Weights are read out of weight_bytes of memory. Takes some tenths of a second. Not while a
+        shard of this engine works.
+        """
     def read_bandwidth(self, size_bytes: int = 268435456, rounds: int = 3) -> float:
         """Bytes/s that all threads together read from memory.
 

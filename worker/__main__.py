@@ -43,6 +43,7 @@ async def serve(settings: Settings) -> None:
     # Only now: a wrong command line is answered without the engine, which may not be built.
     from potluck import catalogue, packs
     from potluck.engine import Engine
+    from worker.bandwidth import tune_threads
     from worker.membership import Membership
     from worker.probe import Memory, machine_of
     from worker.server import Worker, open_door
@@ -53,8 +54,10 @@ async def serve(settings: Settings) -> None:
     if settings.weights == "mmap":
         folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes)
     memory = Memory(settings.memory_bytes, maps_weights=folder is not None)
-    engine = await asyncio.to_thread(Engine, settings.threads, settings.isa)
+    engine = await asyncio.to_thread(Engine, settings.threads, settings.isa, settings.pinned)
     free_bytes = memory.now().room_bytes
+    if settings.threads == 0:
+        await asyncio.to_thread(tune_threads, engine, free_bytes)
     machine = await asyncio.to_thread(machine_of, engine, free_bytes)
     async with asyncio.TaskGroup() as tasks:
         worker = Worker(engine, machine, memory, tasks, folder)

@@ -1,5 +1,6 @@
-"""How fast this machine reads its memory: measured once for all workers that start together.
+"""How fast this machine reads its memory, and with how many threads it should compute.
 
+The bandwidth is measured once for all workers that start together.
 Three equal workers that measure at once each see a share that chance gives them, and one that
 measures while another starts sees less: the plan would take them for unlike machines. So one at a
 time measures, longer than another's start disturbs, and leaves its figure in a file of the cache
@@ -20,6 +21,7 @@ from typing import IO, Protocol
 from potluck import __version__, catalogue
 
 SIZE_BYTES = 96 * 2**20  # beyond most caches, within the margin of a worker
+TUNING_BYTES = 64 * 2**20  # of weights
 SECONDS = 0.3  # of reading; the best round counts
 FIRST_ROUNDS = 3  # which tell how many SECONDS are
 VALID_SECONDS = 600.0  # how long others take the figure over
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What is asked of potluck.engine.Engine."""
+    """What is asked of potluck.engine.Engine to tell its bandwidth."""
 
     @property
     def isa(self) -> str:
@@ -41,6 +43,38 @@ class Engine(Protocol):
 
     def read_bandwidth(self, size_bytes: int = ..., rounds: int = ...) -> float:
         """Bytes/s that all threads together read, in the best of the rounds."""
+
+
+class Tunable(Protocol):
+    """What is asked of potluck.engine.Engine to choose its threads."""
+
+    @property
+    def threads(self) -> int:
+        """Of the pool."""
+
+    @property
+    def decode_threads(self) -> int:
+        """That work on steps of a few rows."""
+
+    @property
+    def prefill_threads(self) -> int:
+        """That work on larger ones."""
+
+    def tune_threads(self, weight_bytes: int = ...) -> None:
+        """Measures, and changes the two counts."""
+
+
+def tune_threads(engine: Tunable, free_bytes: int) -> None:
+    """Lets the engine use as many threads as are fastest, while no other worker measures."""
+    with _record():
+        engine.tune_threads(max(2**20, min(TUNING_BYTES, free_bytes // 4)))
+    if (engine.decode_threads, engine.prefill_threads) != (engine.threads, engine.threads):
+        log.info(
+            "decode uses %d of %d threads, prompts %d: as fast as all",
+            engine.decode_threads,
+            engine.threads,
+            engine.prefill_threads,
+        )
 
 
 def read_bandwidth(engine: Engine, free_bytes: int, machine: str) -> float:

@@ -29,6 +29,7 @@ class Settings:
     host: str = DEFAULT_HOST
     port: int = options.DEFAULT_WORKER_PORT  # 0: any free one
     threads: int = 0  # 0: as many as affinity and cgroup quota allow
+    pinned: bool = False  # threads keep to CPUs of their own
     isa: str = "auto"
     memory_bytes: int | None = None  # None: what is free
     weights: str = "arena"  # where they are while the worker runs; one of WEIGHTS
@@ -67,7 +68,14 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add(
         "--port", type=int, default=options.DEFAULT_WORKER_PORT, metavar="N", help="0: any free one"
     )
-    add("--threads", type=int, default=0, metavar="N", help="of the engine; 0: all cores allowed")
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the engine; 0: as many as a short measurement finds fastest",
+    )
+    add("--pin", action="store_true", help="keep each thread on a CPU of its own (one worker only)")
     add("--isa", default="auto", metavar="NAME", help="kernel table; auto: the best of this CPU")
     add("--memory", type=_size, metavar="SIZE", help="most memory to take, such as '2 GiB'")
     add(
@@ -95,6 +103,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         host=given.host,
         port=given.port,
         threads=given.threads,
+        pinned=given.pin,
         isa=given.isa,
         memory_bytes=given.memory,
         weights=given.weights,

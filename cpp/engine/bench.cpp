@@ -55,13 +55,12 @@ void FillPanel(WeightType type, size_t k, std::mt19937& random, uint8_t* panel) 
   PackPanel(type, rows, k, panel);
 }
 
-void CheckSizes(WeightType type, size_t n, size_t k, size_t batch, size_t rounds) {
+void CheckSizes(WeightType type, size_t n, size_t k, size_t batch) {
   constexpr size_t kMost = size_t{1} << 24;  // so that no product of three overflows size_t
   const TypeInfo& info = InfoOf(type);
   if (n > kMost || k > kMost || batch > kMost)
     throw UsageError("a benchmark takes sizes of at most " + std::to_string(kMost));
-  if (n == 0 || k == 0 || batch == 0 || rounds == 0)
-    throw UsageError("a benchmark needs sizes above 0");
+  if (n == 0 || k == 0 || batch == 0) throw UsageError("a benchmark needs sizes above 0");
   if (k % info.block_values != 0) {
     throw UsageError(std::to_string(k) + " columns: " + info.name + " needs a multiple of " +
                      std::to_string(info.block_values));
@@ -70,53 +69,82 @@ void CheckSizes(WeightType type, size_t n, size_t k, size_t batch, size_t rounds
 
 }  // namespace
 
-double BenchmarkMatMul(Pool& pool, const MatMulTable& table, WeightType type, size_t n, size_t k,
-                       size_t batch, size_t rounds) {
-  CheckSizes(type, n, k, batch, rounds);
-  const size_t n_panels = (n + kPanelRows - 1) / kPanelRows;
-  const size_t panel_bytes = PanelBytes(type, k);
-  const size_t copies = kAllCopiesBytes / (n_panels * panel_bytes) + 1;
-  const Buffer weights = Allocate(copies * n_panels * panel_bytes);
-  std::mt19937 random(7);
-  const size_t different = std::min<size_t>(n_panels, 64);
-  for (size_t p = 0; p < copies * n_panels; ++p) {
-    uint8_t* panel = weights.get() + p * panel_bytes;
-    if (p < different) {
-      FillPanel(type, k, random, panel);
-    } else {
-      std::memcpy(panel, weights.get() + p % different * panel_bytes, panel_bytes);
+struct MatMulBenchmark::State {
+  State(const MatMulTable& kernels, WeightType weight_type, size_t n, size_t k, size_t batch_rows,
+        size_t weight_bytes)
+      : table(kernels),
+        type(weight_type),
+        n_panels((n + kPanelRows - 1) / kPanelRows),
+        panel_bytes(PanelBytes(type, k)),
+        copies(weight_bytes / (n_panels * panel_bytes) + 1),
+        weights(Allocate(copies * n_panels * panel_bytes)),
+        prepared(Allocate(PreparedBytes(GrainOf(type), batch_rows, k))),
+        rows{GrainOf(type), batch_rows, k, prepared.get()},
+        out(batch_rows * n_panels * kPanelRows) {
+    std::mt19937 random(7);
+    const size_t different = std::min<size_t>(n_panels, 64);
+    for (size_t p = 0; p < copies * n_panels; ++p) {
+      uint8_t* panel = weights.get() + p * panel_bytes;
+      if (p < different) {
+        FillPanel(type, k, random, panel);
+      } else {
+        std::memcpy(panel, weights.get() + p % different * panel_bytes, panel_bytes);
+      }
     }
+    std::vector<float> x(batch_rows * k);
+    for (float& value : x) value = static_cast<float>(random() % 2001) * 1e-3f - 1.0f;
+    PrepareRows(table, rows.grain, x.data(), k, batch_rows, k, 0, batch_rows, prepared.get());
   }
 
-  std::vector<float> x(batch * k);
-  for (float& value : x) value = static_cast<float>(random() % 2001) * 1e-3f - 1.0f;
-  const Grain grain = GrainOf(type);
-  const Buffer prepared = Allocate(PreparedBytes(grain, batch, k));
-  PrepareRows(table, grain, x.data(), k, batch, k, 0, batch, prepared.get());
-  const PreparedRows rows = {grain, batch, k, prepared.get()};
-  const size_t stride = n_panels * kPanelRows;
-  std::vector<float> out(batch * stride);
-  const Buffer scratch = Allocate(pool.threads() * MatMulScratchBytes());
+  const MatMulTable& table;
+  WeightType type;
+  size_t n_panels;
+  size_t panel_bytes;
+  size_t copies;
+  size_t next_copy = 0;
+  Buffer weights;
+  Buffer prepared;
+  PreparedRows rows;
+  std::vector<float> out;
+};
 
-  const size_t pieces = (n_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
-  const size_t grain_pieces = std::max<size_t>(1, kPieceBytes / (panel_bytes * kPanelsAtOnce));
+MatMulBenchmark::MatMulBenchmark(const MatMulTable& table, WeightType type, size_t n, size_t k,
+                                 size_t batch, size_t weight_bytes) {
+  CheckSizes(type, n, k, batch);
+  state_ = std::make_unique<State>(table, type, n, k, batch, weight_bytes);
+}
+
+MatMulBenchmark::~MatMulBenchmark() = default;
+
+double MatMulBenchmark::MedianSeconds(Pool& pool, size_t rounds) {
+  if (rounds == 0) throw UsageError("a benchmark needs rounds above 0");
+  State& state = *state_;
+  const Buffer scratch = Allocate(pool.threads() * MatMulScratchBytes());
+  const size_t pieces = (state.n_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  const size_t grain = std::max<size_t>(1, kPieceBytes / (state.panel_bytes * kPanelsAtOnce));
   std::vector<double> seconds(rounds);
-  for (size_t round = 0; round < rounds; ++round) {
-    const uint8_t* panels = weights.get() + round % copies * n_panels * panel_bytes;
+  for (double& taken : seconds) {
+    const uint8_t* panels =
+        state.weights.get() + state.next_copy * state.n_panels * state.panel_bytes;
+    state.next_copy = (state.next_copy + 1) % state.copies;
     const auto start = std::chrono::steady_clock::now();
-    pool.Run(pieces, grain_pieces, [&](size_t thread, size_t first, size_t last) {
+    pool.Run(pieces, grain, [&](size_t thread, size_t first, size_t last) {
       const size_t begin = first * kPanelsAtOnce;
-      const size_t end = std::min(n_panels, last * kPanelsAtOnce);
-      MatMul(table, type, panels + begin * panel_bytes, end - begin, rows,
-             out.data() + begin * kPanelRows, stride,
+      const size_t end = std::min(state.n_panels, last * kPanelsAtOnce);
+      MatMul(state.table, state.type, panels + begin * state.panel_bytes, end - begin, state.rows,
+             state.out.data() + begin * kPanelRows, state.n_panels * kPanelRows,
              scratch.get() + thread * MatMulScratchBytes());
     });
-    seconds[round] =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    taken = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
-  std::nth_element(seconds.begin(), seconds.begin() + static_cast<std::ptrdiff_t>(rounds / 2),
-                   seconds.end());
-  return seconds[rounds / 2];
+  const auto middle = seconds.begin() + static_cast<std::ptrdiff_t>(rounds / 2);
+  std::nth_element(seconds.begin(), middle, seconds.end());
+  return *middle;
+}
+
+double BenchmarkMatMul(Pool& pool, const MatMulTable& table, WeightType type, size_t n, size_t k,
+                       size_t batch, size_t rounds) {
+  return MatMulBenchmark(table, type, n, k, batch, kAllCopiesBytes).MedianSeconds(pool, rounds);
 }
 
 }  // namespace potluck

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
+#include <tuple>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -15,18 +16,62 @@
 namespace potluck {
 namespace {
 
+#if defined(__linux__)
+// Sized for 8192 CPUs: the kernel refuses a mask that is smaller than its own.
+constexpr int kMostCpus = 8192;
+constexpr size_t kSets = kMostCpus / CPU_SETSIZE;
+
+// The CPUs that the calling thread may run on, by number.
+std::vector<int> Affinity() {
+  cpu_set_t sets[kSets];
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof(sets), sets) != 0) return cpus;
+  for (int cpu = 0; cpu < kMostCpus; ++cpu)
+    if (CPU_ISSET_S(static_cast<size_t>(cpu), sizeof(sets), sets)) cpus.push_back(cpu);
+  return cpus;
+}
+#endif
+
 size_t AffinityCpus() {
 #if defined(__linux__)
-  // Sized for 8192 CPUs: the kernel refuses a mask that is smaller than its own.
-  cpu_set_t sets[8];
-  if (sched_getaffinity(0, sizeof(sets), sets) == 0) {
-    const int count = CPU_COUNT_S(sizeof(sets), sets);
-    if (count > 0) return static_cast<size_t>(count);
-  }
-  return 1;
+  return std::max<size_t>(1, Affinity().size());
 #else
   return static_cast<size_t>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
 #endif
+}
+
+// The first number in a file; `otherwise` if there is none.
+double NumberIn(const std::string& path, double otherwise) {
+  std::ifstream file(path);
+  double number = 0;
+  return file >> number ? number : otherwise;
+}
+
+// What orders CPUs; less is taken first.
+struct Preference {
+  int sibling;   // its place among those of its core
+  double speed;  // negative: in the system's own measure, or its clock
+  int cpu;
+  bool operator<(const Preference& other) const {
+    return std::tie(sibling, speed, cpu) < std::tie(other.sibling, other.speed, other.cpu);
+  }
+};
+
+// Its place in a list such as "0,64" or "0-1".
+int PlaceAmongSiblings(const std::string& path, int cpu) {
+  std::ifstream file(path);
+  std::string range;
+  int place = 0;
+  while (std::getline(file, range, ',')) {
+    std::istringstream bounds(range);
+    int first = 0, last = 0;
+    char dash = 0;
+    if (!(bounds >> first)) return 0;
+    if (!(bounds >> dash >> last)) last = first;
+    if (cpu >= first && cpu <= last) return place + cpu - first;
+    place += last - first + 1;
+  }
+  return 0;
 }
 
 // quota / period of one cgroup's files; 0: no limit, or no such file.
@@ -89,6 +134,40 @@ double QuotaCpus(const std::string& cgroup_file, const std::string& mount) {
     }
   }
   return tightest;
+}
+
+std::vector<int> CpusByPreference(const std::string& root) {
+  std::vector<int> cpus;
+#if defined(__linux__)
+  std::vector<Preference> preferences;
+  for (const int cpu : Affinity()) {
+    const std::string folder = root + "/cpu" + std::to_string(cpu);
+    const double clock = NumberIn(folder + "/cpufreq/cpuinfo_max_freq", 0);
+    preferences.push_back({PlaceAmongSiblings(folder + "/topology/thread_siblings_list", cpu),
+                           -NumberIn(folder + "/cpu_capacity", clock), cpu});
+  }
+  std::sort(preferences.begin(), preferences.end());
+  cpus.reserve(preferences.size());
+  for (const Preference& p : preferences) cpus.push_back(p.cpu);
+#else
+  static_cast<void>(root);
+#endif
+  return cpus;
+}
+
+std::vector<int> KeepToCpus(const std::vector<int>& cpus) {
+#if defined(__linux__)
+  cpu_set_t sets[kSets];
+  CPU_ZERO_S(sizeof(sets), sets);
+  for (const int cpu : cpus)
+    if (cpu >= 0 && cpu < kMostCpus) CPU_SET_S(static_cast<size_t>(cpu), sizeof(sets), sets);
+  std::vector<int> former = Affinity();
+  if (sched_setaffinity(0, sizeof(sets), sets) != 0) former.clear();
+  return former;
+#else
+  static_cast<void>(cpus);
+  return {};
+#endif
 }
 
 size_t AllowedCpus() {

@@ -7,6 +7,7 @@
 #include "engine/activations.h"
 #include "engine/finite.h"
 #include "engine/kernels/attention_table.h"
+#include "engine/kernels/matmul_table.h"
 #include "engine/kernels/vector_table.h"
 #include "engine/matmul.h"
 
@@ -15,12 +16,12 @@ namespace {
 
 // Products of a piece, [rows, columns] f32, should stay in the second cache beside the weights.
 constexpr size_t kPieceBytes = size_t{64} << 10;
-// Weights of a piece when they are read once (few rows): long enough to stream.
-constexpr size_t kPieceWeightBytes = size_t{64} << 10;
 constexpr size_t kMostPiecePanels = 16;
+// Of few rows the weights are read once, and each range of them begins with a wait for memory: long
+// ones lose little (two threads, 7B: 512 KiB 95 GB/s, 256 KiB 94, 64 KiB 86).
+constexpr size_t kNarrowPieceWeightBytes = size_t{64} << 10;
+constexpr size_t kMostNarrowPiecePanels = 16;
 constexpr size_t kPiecesPerThread = 8;
-// Up to so many rows are multiplied in one pass over the weights (kernels/matmul_table.h).
-constexpr size_t kNarrowRows = 8;
 
 // Of work that is small for one row; fewer are not worth waking a thread.
 constexpr size_t kRowsAtATime = 8;
@@ -46,10 +47,11 @@ struct Pieces {
 Pieces PiecesOf(const Step& step, const Matrix& matrix, size_t n_rows) {
   const bool is_narrow = n_rows <= kNarrowRows;
   const size_t panels = is_narrow ? 2 : kPanelsAtOnce;  // what the kernels take in one go
-  const size_t even = matrix.n_panels() / (kPiecesPerThread * step.pool.threads());
-  const size_t most = is_narrow ? kPieceWeightBytes / matrix.panel_bytes()
+  const size_t even = matrix.n_panels() / (kPiecesPerThread * step.pool.used());
+  const size_t most = is_narrow ? kNarrowPieceWeightBytes / matrix.panel_bytes()
                                 : kPieceBytes / (n_rows * kPanelRows * sizeof(float));
-  const size_t at_a_time = std::clamp(std::min(even, most), panels, kMostPiecePanels);
+  const size_t limit = is_narrow ? kMostNarrowPiecePanels : kMostPiecePanels;
+  const size_t at_a_time = std::clamp(std::min(even, most), panels, limit);
   return {panels, DivideUp(matrix.n_panels(), panels), at_a_time / panels};
 }
 
@@ -60,9 +62,11 @@ size_t HeadsOfUnit(const Config& config) {
 
 size_t UnitColumns(const Config& config) { return HeadsOfUnit(config) * config.head_dim; }
 
-// Columns of the thread buffers: of a piece, or of a unit of heads.
-size_t PieceColumns(const Config& config) {
-  return std::max(UnitColumns(config), kMostPiecePanels * kPanelRows);
+// Values of a thread's products: of a piece, or of a unit of heads.
+size_t PieceValues(const Config& config, size_t n_rows) {
+  const size_t columns = std::max(UnitColumns(config), kMostPiecePanels * kPanelRows);
+  const size_t narrow = std::min(n_rows, kNarrowRows) * kMostNarrowPiecePanels * kPanelRows;
+  return std::max(n_rows * columns, narrow);
 }
 
 // Panels [first, last) of a matrix times the prepared rows; out is [rows, out_stride]. False: the
@@ -214,8 +218,8 @@ void ReserveScratch(Step& step, size_t n_rows, size_t n_wanted) {
   scratch.threads.resize(step.pool.threads());
   for (ThreadScratch& thread : scratch.threads) {
     thread.matmul.Reserve(MatMulScratchBytes());
-    thread.first.Reserve(n_rows * PieceColumns(config));
-    thread.second.Reserve(n_rows * PieceColumns(config));
+    thread.first.Reserve(PieceValues(config, n_rows));
+    thread.second.Reserve(PieceValues(config, n_rows));
   }
   step.activations.Reserve(n_rows, config.dim);
 }

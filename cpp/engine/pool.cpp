@@ -17,57 +17,18 @@
 
 #include "engine/cpu.h"
 #include "engine/errors.h"
+#include "engine/float_rules.h"
+#include "engine/shares.h"
+#include "engine/spin.h"
 
 namespace potluck {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // How long a thread looks for the next phase before it sleeps. Waking a sleeper costs some 50 us,
 // more than most phases of a small model; a forward has no longer gap than this between phases.
 constexpr std::chrono::microseconds kSpin{80};
 // With more threads than CPUs, one that spins keeps another from working.
 constexpr std::chrono::microseconds kSpinIfCrowded{5};
-// So long a CPU is kept from others; then each look gives way to whoever else wants to run. Two
-// processes of two threads on two CPUs do twice as much, three a third more; one alone loses
-// nothing.
-constexpr std::chrono::microseconds kUnyielding{5};
-constexpr int kLooksPerClock = 32;  // reading the clock costs about as much as this many looks
-
-inline void Relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Looks at `ready` until it holds or the time is over; what it last said.
-template <class Ready>
-bool SpinUntil(const Ready& ready, std::chrono::microseconds patience) {
-  const auto start = Clock::now();
-  for (;;) {
-    for (int i = 0; i < kLooksPerClock; ++i) {
-      if (ready()) return true;
-      Relax();
-    }
-    const auto waited = Clock::now() - start;
-    if (waited >= patience) return ready();
-    if (waited >= kUnyielding) std::this_thread::yield();
-  }
-}
-
-// Pieces [begin, end) that a thread has left, in one word: the owner takes from the front, others
-// from the back. A piece leaves a share once and for all, so a word seen twice is the same share.
-constexpr uint64_t Pieces(uint64_t begin, uint64_t end) { return begin << 32 | end; }
-constexpr uint64_t BeginOf(uint64_t pieces) { return pieces >> 32; }
-constexpr uint64_t EndOf(uint64_t pieces) { return pieces & 0xffffffff; }
-constexpr uint64_t CountOf(uint64_t pieces) { return EndOf(pieces) - BeginOf(pieces); }
-
-// Two lines, because the prefetcher of x86 fetches lines in pairs.
-struct alignas(128) Share {
-  std::atomic<uint64_t> pieces{0};
-};
 
 // The gate: bit 0 open, bits 1..15 threads that came in, bits 16..63 the number of the run.
 constexpr uint64_t kOpen = 1;
@@ -76,19 +37,26 @@ constexpr uint64_t kOneRun = 1 << 16;
 constexpr uint64_t RunOf(uint64_t gate) { return gate / kOneRun; }
 constexpr uint64_t InOf(uint64_t gate) { return gate % kOneRun / kOneIn; }
 
+void CheckUse(size_t n, size_t threads) {
+  if (n >= 1 && n <= threads) return;
+  throw UsageError("threads to use: 1 to " + std::to_string(threads) + ", not " +
+                   std::to_string(n));
+}
+
 }  // namespace
 
-// Who may touch what: job, grain and shares are written by the caller while the gate is shut and
+// Who may touch what: job and shares are written by the caller while the gate is shut and
 // nobody is in, and read by threads that came in. Orderings stand on the atomics themselves.
 struct Pool::State {
-  explicit State(size_t threads) : shares(threads) {
+  explicit State(size_t threads)
+      : shares(threads), used(threads), for_decode(threads), for_prefill(threads) {
     patience = threads > AllowedCpus() ? kSpinIfCrowded : kSpin;
   }
 
-  std::vector<Share> shares;  // [threads]
+  Shares shares;
+  std::vector<int> cpus;  // where each thread is pinned; empty: nowhere
   std::chrono::microseconds patience;
   Job job{};
-  uint64_t grain = 1;
 
   alignas(128) std::atomic<uint64_t> gate{0};
   alignas(128) std::atomic<uint64_t> out{0};  // threads that came in and have finished
@@ -96,70 +64,44 @@ struct Pool::State {
   std::exception_ptr failure;  // written by the thread that sets `failed`, read when all are out
 
   std::mutex callers;  // one run at a time
-  std::mutex sleep;    // guards the two waits below, not the atomics they look at
+  std::mutex sleep;    // guards the three waits below, not the atomics they look at
   std::condition_variable run_began;
   std::condition_variable all_out;
   std::atomic<size_t> sleepers{0};  // threads that wait for run_began, or are about to
+  std::condition_variable called_up;
+  std::atomic<size_t> used;  // threads 0 .. used - 1 work
+  std::atomic<size_t> for_decode;
+  std::atomic<size_t> for_prefill;
   std::atomic<bool> caller_sleeps{false};
   std::atomic<bool> stopping{false};
   std::vector<std::thread> helpers;  // threads 1 .. n - 1
   const pid_t process = getpid();    // the helpers'
 
-  bool Refill(size_t thread);
   void Work(size_t thread);
-  bool ComeIn(uint64_t* seen);
+  bool ComeIn(size_t thread, uint64_t* seen);
+  void SitOut(size_t thread);
   void Serve(size_t thread);
   void Announce();
   void AwaitOut(uint64_t in);
   void Stop();
 };
 
-// Takes half of the fullest share, from its back. False: nothing is left.
-bool Pool::State::Refill(size_t thread) {
-  for (;;) {
-    Share* fullest = nullptr;
-    uint64_t pieces = 0;
-    for (Share& share : shares) {
-      const uint64_t found = share.pieces.load(std::memory_order_relaxed);
-      if (CountOf(found) <= CountOf(pieces)) continue;
-      fullest = &share;
-      pieces = found;
-    }
-    if (fullest == nullptr) return false;
-    const uint64_t middle = EndOf(pieces) - (CountOf(pieces) + 1) / 2;
-    if (!fullest->pieces.compare_exchange_weak(pieces, Pieces(BeginOf(pieces), middle),
-                                               std::memory_order_relaxed))
-      continue;
-    shares[thread].pieces.store(Pieces(middle, EndOf(pieces)), std::memory_order_relaxed);
-    return true;
-  }
-}
-
 // Works until no share holds a piece, or some work failed.
 void Pool::State::Work(size_t thread) {
-  std::atomic<uint64_t>& own = shares[thread].pieces;
+  size_t first = 0, last = 0;
   try {
-    do {
-      uint64_t pieces = own.load(std::memory_order_relaxed);
-      while (CountOf(pieces) > 0) {
-        const uint64_t first = BeginOf(pieces);
-        const uint64_t last = std::min(first + grain, EndOf(pieces));
-        if (!own.compare_exchange_weak(pieces, Pieces(last, EndOf(pieces)),
-                                       std::memory_order_relaxed))
-          continue;
-        if (failed.load(std::memory_order_relaxed)) return;
-        job.call(job.context, thread, first, last);
-        pieces = own.load(std::memory_order_relaxed);
-      }
-    } while (Refill(thread));
+    while (shares.Take(thread, &first, &last)) {
+      if (failed.load(std::memory_order_relaxed)) return;
+      job.call(job.context, thread, first, last);
+    }
   } catch (...) {
     if (!failed.exchange(true, std::memory_order_relaxed)) failure = std::current_exception();
   }
 }
 
-// Waits for a run that this thread has not seen and enters it. False: it is over already, or the
-// pool stops.
-bool Pool::State::ComeIn(uint64_t* seen) {
+// Waits for a run that this thread has not seen and enters it. False: it is over already, this
+// thread has no part in it, or the pool stops.
+bool Pool::State::ComeIn(size_t thread, uint64_t* seen) {
   const auto is_new = [&] { return RunOf(gate.load(std::memory_order_seq_cst)) != *seen; };
   if (!SpinUntil(is_new, patience)) {
     std::unique_lock<std::mutex> lock(sleep);
@@ -168,6 +110,7 @@ bool Pool::State::ComeIn(uint64_t* seen) {
     run_began.wait(lock, is_new);
     sleepers.fetch_sub(1, std::memory_order_relaxed);
   }
+  if (thread >= used.load(std::memory_order_relaxed)) return false;
   uint64_t found = gate.load(std::memory_order_acquire);
   while ((found & kOpen) != 0) {
     if (gate.compare_exchange_weak(found, found + kOneIn, std::memory_order_acq_rel)) break;
@@ -176,12 +119,20 @@ bool Pool::State::ComeIn(uint64_t* seen) {
   return (found & kOpen) != 0;
 }
 
+// Sleeps until this thread is one of those that work.
+void Pool::State::SitOut(size_t thread) {
+  std::unique_lock<std::mutex> lock(sleep);
+  called_up.wait(lock, [&] { return thread < used || stopping; });
+}
+
 // The life of threads 1 .. n - 1.
 void Pool::State::Serve(size_t thread) {
   const FloatRules rules;
+  if (!cpus.empty()) KeepToCpus({cpus[thread]});
   uint64_t seen = 0;
   while (!stopping.load(std::memory_order_acquire)) {
-    if (!ComeIn(&seen)) continue;
+    if (thread >= used.load(std::memory_order_relaxed)) SitOut(thread);
+    if (!ComeIn(thread, &seen)) continue;
     Work(thread);
     out.fetch_add(1, std::memory_order_seq_cst);
     if (!caller_sleeps.load(std::memory_order_seq_cst)) continue;
@@ -214,17 +165,28 @@ void Pool::State::AwaitOut(uint64_t in) {
 
 // Ends the helpers that were started.
 void Pool::State::Stop() {
-  stopping.store(true, std::memory_order_release);
+  {
+    const std::lock_guard<std::mutex> lock(sleep);
+    stopping.store(true, std::memory_order_release);
+  }
+  called_up.notify_all();
   gate.fetch_add(kOneRun, std::memory_order_seq_cst);
   Announce();
   for (std::thread& helper : helpers) helper.join();
 }
 
-Pool::Pool(size_t threads) {
+Pool::Pool(size_t threads, bool pinned) {
   if (threads == 0 || threads > kMaxThreads)
     throw UsageError("threads: 1 to " + std::to_string(kMaxThreads) + ", not " +
                      std::to_string(threads));
   state_ = std::make_unique<State>(threads);
+  if (pinned) {
+    state_->cpus = CpusByPreference();
+    if (!state_->cpus.empty() && state_->cpus.size() < threads)
+      throw UsageError("threads: " + std::to_string(threads) + " can't be pinned to " +
+                           std::to_string(state_->cpus.size()) + " CPUs",
+                       "use fewer threads, or don't pin them");
+  }
   state_->helpers.reserve(threads - 1);
   try {
     for (size_t thread = 1; thread < threads; ++thread)
@@ -248,7 +210,30 @@ Pool::~Pool() {
   }
 }
 
-size_t Pool::threads() const { return state_->shares.size(); }
+size_t Pool::threads() const { return state_->shares.threads(); }
+bool Pool::pinned() const { return !state_->cpus.empty(); }
+size_t Pool::used() const { return state_->used.load(std::memory_order_relaxed); }
+
+size_t Pool::decode_threads() const { return state_->for_decode.load(std::memory_order_relaxed); }
+size_t Pool::prefill_threads() const { return state_->for_prefill.load(std::memory_order_relaxed); }
+
+void Pool::Allot(size_t for_decode, size_t for_prefill) {
+  CheckUse(for_decode, threads());
+  CheckUse(for_prefill, threads());
+  state_->for_decode.store(for_decode, std::memory_order_relaxed);
+  state_->for_prefill.store(for_prefill, std::memory_order_relaxed);
+}
+
+void Pool::Use(size_t n) {
+  CheckUse(n, threads());
+  const std::lock_guard<std::mutex> one_caller(state_->callers);
+  if (n == used()) return;
+  {
+    const std::lock_guard<std::mutex> lock(state_->sleep);
+    state_->used.store(n, std::memory_order_relaxed);
+  }
+  state_->called_up.notify_all();
+}
 
 void Pool::RunJob(const Job& job, size_t n_pieces, size_t grain) {
   State& state = *state_;
@@ -256,16 +241,13 @@ void Pool::RunJob(const Job& job, size_t n_pieces, size_t grain) {
   if (n_pieces > UINT32_MAX)
     throw UsageError("a run of " + std::to_string(n_pieces) + " pieces; at most 2^32 - 1");
   const std::lock_guard<std::mutex> one_caller(state.callers);
-  const size_t threads = state.shares.size();
+  const size_t threads = state.used.load(std::memory_order_relaxed);
   state.job = job;
-  state.grain = std::clamp<uint64_t>(grain, 1, n_pieces);
+  grain = std::clamp<size_t>(grain, 1, n_pieces);
   state.failed.store(false, std::memory_order_relaxed);
   state.out.store(0, std::memory_order_relaxed);
-  const bool is_shared = threads > 1 && n_pieces > state.grain;
-  const size_t parts = is_shared ? threads : 1;
-  for (size_t part = 0; part < parts; ++part)
-    state.shares[part].pieces.store(Pieces(n_pieces * part / parts, n_pieces * (part + 1) / parts),
-                                    std::memory_order_relaxed);
+  const bool is_shared = threads > 1 && n_pieces > grain;
+  state.shares.Deal(n_pieces, grain, is_shared ? threads : 1);
   uint64_t gate = state.gate.load(std::memory_order_relaxed);
   if (is_shared) {
     state.gate.store((RunOf(gate) + 1) * kOneRun + kOpen, std::memory_order_seq_cst);
@@ -277,17 +259,21 @@ void Pool::RunJob(const Job& job, size_t n_pieces, size_t grain) {
     gate = state.gate.fetch_and(~kOpen, std::memory_order_acq_rel);
     state.AwaitOut(InOf(gate));
   }
-  if (!state.failed.load(std::memory_order_relaxed)) return;
+  if (!state.failed.load(std::memory_order_relaxed)) {
+    if (is_shared && InOf(gate) + 1 == threads) state.shares.Learn(threads);
+    return;
+  }
   // What was not handed out must not be found by the next run.
-  for (Share& share : state.shares) share.pieces.store(0, std::memory_order_relaxed);
+  state.shares.Clear();
   std::rethrow_exception(std::exchange(state.failure, nullptr));
 }
 
-FloatRules::FloatRules() {
-  std::fegetenv(&former_);
-  std::fesetenv(FE_DFL_ENV);
+Pinned::Pinned(const Pool& pool) {
+  if (pool.pinned()) former_ = KeepToCpus({pool.state_->cpus[0]});
 }
 
-FloatRules::~FloatRules() { std::fesetenv(&former_); }
+Pinned::~Pinned() {
+  if (!former_.empty()) KeepToCpus(former_);
+}
 
 }  // namespace potluck

@@ -1,30 +1,46 @@
 // The thread pool: one set of threads that lives as long as the engine. The only std::thread.
 //
 // A Run is a phase: its pieces are shared out, every thread works, and all have finished when it
-// returns. Between phases threads spin for a bounded time and then sleep, so an idle engine burns
-// no CPU. Which thread takes which piece changes from run to run; results must not depend on it.
+// returns. Shares follow what each thread did of the runs before, so a slow core starts with less;
+// whoever is done takes half of what another has left. Between phases threads spin for a bounded
+// time and then sleep, so an idle engine burns no CPU. Which thread takes which piece changes from
+// run to run; results must not depend on it.
 #pragma once
 
-#include <cfenv>
 #include <cstddef>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 namespace potluck {
 
 class Pool {
  public:
-  // threads counts the caller's. UsageError: 0, more than kMaxThreads, or than the system gives.
-  explicit Pool(size_t threads);
+  // threads counts the caller's. pinned: each keeps to a CPU of its own (Linux; elsewhere it
+  // changes nothing), the caller's while it holds a Pinned. UsageError: 0, more than kMaxThreads,
+  // or than the system gives; pinned and more than there are CPUs.
+  explicit Pool(size_t threads, bool pinned = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   static constexpr size_t kMaxThreads = 1024;
   size_t threads() const;
+  bool pinned() const;
+
+  // From the next run on only threads 0 .. n - 1 work, and the others sleep. Cheap if nothing
+  // changes. UsageError: 0, or more than threads().
+  void Use(size_t n);
+  size_t used() const;
+
+  // How many threads the engine uses for steps of a few rows (decode) and of many (prefill): all,
+  // unless it is told. UsageError: 0, or more than threads().
+  void Allot(size_t for_decode, size_t for_prefill);
+  size_t decode_threads() const;
+  size_t prefill_threads() const;
 
   // Calls work(thread, first, last) for disjoint ranges that together are [0, n_pieces), which is
-  // below 2^32. thread < threads(), the caller's is 0, and calls with one thread number follow each
+  // below 2^32. thread < used(), the caller's is 0, and calls with one thread number follow each
   // other, so it names a scratch buffer. Threads take `grain` pieces at a time (0 counts as 1);
   // ranges may be shorter and start anywhere. What work wrote is visible when Run returns. An
   // exception of work stops the handing out and is thrown here, the first if there are several.
@@ -47,22 +63,22 @@ class Pool {
   };
   struct State;
   void RunJob(const Job& job, size_t n_pieces, size_t grain);
+  friend class Pinned;
 
   std::unique_ptr<State> state_;
 };
 
-// Gives this thread the float rules that canonical arithmetic assumes (round to nearest, subnormals
-// kept) and its former ones back at the end. The pool's threads have them; a thread that calls into
-// the engine holds one for the length of the call.
-class FloatRules {
+// Keeps the calling thread to the first CPU of a pinned pool as long as it is held; of another pool
+// it does nothing.
+class Pinned {
  public:
-  FloatRules();
-  ~FloatRules();
-  FloatRules(const FloatRules&) = delete;
-  FloatRules& operator=(const FloatRules&) = delete;
+  explicit Pinned(const Pool& pool);
+  ~Pinned();
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
 
  private:
-  std::fenv_t former_;
+  std::vector<int> former_;  // CPUs to go back to; empty: nothing was changed
 };
 
 }  // namespace potluck

@@ -11,6 +11,8 @@
 #include "engine/attention.h"
 #include "engine/errors.h"
 #include "engine/finite.h"
+#include "engine/float_rules.h"
+#include "engine/kernels/matmul_table.h"
 #include "engine/kv.h"
 #include "engine/layer.h"
 #include "engine/loading.h"
@@ -123,8 +125,10 @@ void Shard::State::Seal() {
 std::vector<double> Shard::State::Forward(const Input& input, const std::vector<RowSpan>& rows,
                                           float* output, size_t output_values) {
   const FloatRules rules;
+  const Pinned pinned(pool);
   if (!is_sealed) throw UsageError("forward before seal");
   batch.Count(rows, config);
+  pool.Use(batch.n_rows() <= kNarrowRows ? pool.decode_threads() : pool.prefill_threads());
   CheckBuffers(input, output_values);
   if (part.embeds) TakeTokens(input);
   batch.Place(rows, &kv);

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=values.whole(0, 65535), metavar="P", help="0: any free one")
     add_machine_options(parser)
+    parser.add_argument(
+        "--pin",
+        action="store_true",
+        default=None,
+        help="keep each thread on a CPU of its own, fast cores first; for the only worker of a"
+        " machine",
+    )
     parser.add_argument("--log-level", metavar="L", help="debug, info, warning or error")
 
 
@@ -29,7 +36,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=values.whole(1, 1024),
         default=values.from_environment("THREADS"),
         metavar="N",
-        help="threads of the engine (default: POTLUCK_THREADS, else all cores)",
+        help="threads of the engine (default: POTLUCK_THREADS, else as many as are fastest)",
     )
     parser.add_argument(
         "--isa", metavar="NAME", help="kernels (default: POTLUCK_ISA, else the best)"
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         programs.path_of("potluck-worker"),
         *("--coordinator", running.with_port(args.coordinator)),
         *programs.options(args, "token", "name", "host", "port", *MACHINE_OPTIONS),
-        *programs.options(args, "log_level"),
+        *programs.options(args, "pin", "log_level"),
     ]
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -44,13 +44,16 @@ def path_of(name: str) -> str:
 
 
 def options(args: argparse.Namespace, *names: str) -> list[str]:
-    """Options of `args` that were given, as a program's arguments: log_level -> --log-level L."""
+    """Options of `args` that were given, as a program's arguments: log_level -> --log-level L.
+
+    A flag has no value: pin -> --pin.
+    """
     given = ((name, getattr(args, name)) for name in names)
     return [
         word
         for name, value in given
         if value is not None
-        for word in ("--" + name.replace("_", "-"), str(value))
+        for word in ("--" + name.replace("_", "-"), *([] if value is True else [str(value)]))
     ]
 
 

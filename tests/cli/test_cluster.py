@@ -362,11 +362,12 @@ def test_join_becomes_the_worker_with_the_same_options(
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", become)
-    assert cli.main(["join", "pi1", "--name", "attic", "--memory", "2 GiB", "--threads", "3"]) == 0
+    given = ["--name", "attic", "--memory", "2 GiB", "--threads", "3", "--pin"]
+    assert cli.main(["join", "pi1", *given]) == 0
     assert became == [
         [
             str(fakes / "potluck-worker"),
             *("--coordinator", "pi1:7685", "--name", "attic"),
-            *("--threads", "3", "--memory", str(2**31)),
+            *("--threads", "3", "--memory", str(2**31), "--pin"),
         ]
     ]

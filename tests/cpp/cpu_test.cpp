@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "engine/errors.h"
@@ -29,6 +30,7 @@ class Mount {
       mkdir((path_ + "/" + name.substr(0, at)).c_str(), 0700);
     std::ofstream(path_ + "/" + name) << text;
   }
+  const std::string& path() const { return path_; }
   // QuotaCpus of a process whose cgroup file holds `cgroup`.
   double Quota(const std::string& cgroup) const {
     Write("self", cgroup);
@@ -135,6 +137,43 @@ TEST(the_memory_probe_reads_at_a_believable_rate) {
   CHECK(rate > 1e8 && rate < 1e12);
   CHECK_THROWS(potluck::ReadBandwidth(pool, 1 << 20, 1), potluck::UsageError);
   CHECK_THROWS(potluck::ReadBandwidth(pool, 8 << 20, 0), potluck::UsageError);
+}
+
+TEST(one_of_each_core_comes_before_its_siblings_and_fast_before_slow) {
+  const std::vector<int> cpus = potluck::CpusByPreference("/nonexistent");
+  if (cpus.size() < 2) return;  // one CPU has no order
+  const Mount mount;
+  for (const int cpu : cpus) {
+    const std::string folder = "cpu" + std::to_string(cpu);
+    // The first two share a core; the later a CPU, the faster.
+    const bool is_of_first_core = cpu == cpus[0] || cpu == cpus[1];
+    const std::string siblings = is_of_first_core
+                                     ? std::to_string(cpus[0]) + "," + std::to_string(cpus[1])
+                                     : std::to_string(cpu);
+    mount.Write(folder + "/topology/thread_siblings_list", siblings + "\n");
+    mount.Write(folder + "/cpu_capacity", std::to_string(100 + cpu) + "\n");
+  }
+  const std::vector<int> order = potluck::CpusByPreference(mount.path());
+  CHECK_EQ(order.size(), cpus.size());
+  CHECK_EQ(order.back(), cpus[1]);
+  for (size_t i = 1; i + 1 < order.size(); ++i) CHECK(order[i - 1] > order[i]);
+}
+
+TEST(without_figures_cpus_come_in_the_order_of_their_numbers) {
+  const std::vector<int> cpus = potluck::CpusByPreference("/nonexistent");
+  CHECK(!cpus.empty());
+  for (size_t i = 1; i < cpus.size(); ++i) CHECK(cpus[i - 1] < cpus[i]);
+}
+
+TEST(a_thread_keeps_to_cpus_and_goes_back) {
+  const std::vector<int> all = potluck::CpusByPreference("/nonexistent");
+  const std::vector<int> former = potluck::KeepToCpus({all.back()});
+  CHECK(former == all);
+  CHECK(potluck::CpusByPreference("/nonexistent") == std::vector<int>{all.back()});
+  CHECK(!potluck::KeepToCpus(former).empty());
+  CHECK(potluck::CpusByPreference("/nonexistent") == all);
+  CHECK(potluck::KeepToCpus({-1}).empty());
+  CHECK(potluck::CpusByPreference("/nonexistent") == all);
 }
 
 CHECK_MAIN

@@ -1,9 +1,11 @@
 #include "engine/pool.h"
 
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -16,7 +18,9 @@
 #include <vector>
 
 #include "check.h"
+#include "engine/cpu.h"
 #include "engine/errors.h"
+#include "engine/float_rules.h"
 
 using potluck::Pool;
 
@@ -96,6 +100,62 @@ TEST(an_idle_thread_takes_over_what_a_slow_one_has_left) {
       while (by_caller < 50) std::this_thread::yield();
   });
   CHECK(by_caller > 50);
+}
+
+TEST(threads_beyond_those_in_use_take_no_part_and_come_back) {
+  Pool pool(4);
+  for (const size_t used : {1u, 3u, 2u, 4u, 1u, 4u}) {
+    pool.Use(used);
+    CHECK_EQ(pool.used(), used);
+    for (int run = 0; run < 100; ++run) {
+      std::vector<int> times(64, 0);
+      pool.Run(64, 1, [&](size_t thread, size_t first, size_t last) {
+        CHECK(thread < used);
+        for (size_t i = first; i < last; ++i) ++times[i];
+      });
+      for (const int count : times) CHECK_EQ(count, 1);
+    }
+  }
+  CHECK_THROWS(pool.Use(0), potluck::UsageError);
+  CHECK_THROWS(pool.Use(5), potluck::UsageError);
+}
+
+TEST(a_thread_called_up_again_works) {
+  Pool pool(2);
+  for (int round = 0; round < 20; ++round) {
+    pool.Use(1);
+    CoversEachPieceOnce(pool, 100, 1);
+    pool.Use(2);
+    std::atomic<bool> was_elsewhere{false};
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (!was_elsewhere && std::chrono::steady_clock::now() < deadline)
+      pool.Run(64, 1, [&](size_t thread, size_t, size_t) {
+        if (thread == 1) was_elsewhere = true;
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      });
+    CHECK(was_elsewhere);
+  }
+}
+
+TEST(pinned_threads_keep_to_cpus_of_their_own) {
+  const std::vector<int> cpus = potluck::CpusByPreference();
+  const size_t threads = std::min<size_t>(cpus.size(), 4);
+  Pool pool(threads, true);
+  CHECK(pool.pinned());
+  std::vector<std::set<int>> seen(threads);
+  {
+    const potluck::Pinned pinned(pool);
+    for (int run = 0; run < 50; ++run)
+      pool.Run(64, 1, [&](size_t thread, size_t, size_t) {
+        seen[thread].insert(sched_getcpu());
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      });
+  }
+  for (size_t thread = 0; thread < threads; ++thread)
+    for (const int cpu : seen[thread]) CHECK_EQ(cpu, cpus[thread]);
+  CHECK_EQ(seen[0].size(), size_t{1});
+  CHECK_EQ(potluck::CpusByPreference().size(), cpus.size());  // the caller is free again
+  CHECK_THROWS(Pool(cpus.size() + 1, true), potluck::UsageError);
 }
 
 TEST(an_exception_of_any_thread_reaches_the_caller_and_the_pool_goes_on) {
@@ -193,6 +253,8 @@ TEST(pools_come_and_go_at_any_moment) {
 
 TEST(an_idle_pool_burns_no_cpu) {
   Pool pool(4);
+  CoversEachPieceOnce(pool, 100, 1);
+  pool.Use(3);
   CoversEachPieceOnce(pool, 100, 1);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));  // longer than any thread spins
   const double before = CpuSeconds();

@@ -52,6 +52,19 @@ TEST(threads_chunks_and_tables_change_no_bit) {
   }
 }
 
+TEST(fewer_threads_for_some_steps_change_no_bit) {
+  const auto tokens = TokensOf(60);
+  const auto expected = RunSession(Made(1), tokens, 60);
+  const Made made(4);
+  made.pool->Allot(1, 3);
+  CHECK(SameBits(RunSession(made, tokens, 20), expected));
+  CHECK_EQ(made.pool->used(), size_t{3});
+  CHECK(SameBits(RunSession(made, tokens, 1, 2), expected));
+  CHECK_EQ(made.pool->used(), size_t{1});
+  const Made pinned(1, {0, kLayers, true, true, kKvBytes, 64}, "auto", true);
+  CHECK(SameBits(RunSession(pinned, tokens, 7), expected));
+}
+
 TEST(every_number_of_rows_gives_the_same_bits) {
   const auto tokens = TokensOf(130);
   const auto expected = RunSession(Made(1), tokens, 1);

@@ -84,8 +84,8 @@ inline void PutAll(Shard& shard) {
 
 struct Made {
   explicit Made(size_t threads = 1, ShardPart part = {0, kLayers, true, true, kKvBytes, 64},
-                const std::string& isa = "auto")
-      : pool(std::make_unique<Pool>(threads)),
+                const std::string& isa = "auto", bool pinned = false)
+      : pool(std::make_unique<Pool>(threads, pinned)),
         shard(std::make_unique<Shard>(*pool, potluck::ChooseTable(isa), TinyConfig(), part)) {
     PutAll(*shard);
     shard->Seal();

@@ -172,6 +172,22 @@ def test_no_thread_count_means_the_cpus_we_may_use() -> None:
     assert 1 <= engine.Engine().threads <= len(os.sched_getaffinity(0))
 
 
+def test_a_tuned_engine_uses_what_it_has() -> None:
+    several = engine.Engine(3)
+    assert (several.decode_threads, several.prefill_threads) == (3, 3)
+    several.tune_threads(2**22)
+    assert 1 <= several.decode_threads <= 3
+    assert 1 <= several.prefill_threads <= 3
+    with pytest.raises(UsageError, match="weight_bytes: at least 1 MiB, not 5"):
+        several.tune_threads(5)
+
+
+def test_more_threads_than_cpus_are_not_pinned() -> None:
+    many = len(os.sched_getaffinity(0)) + 1
+    with pytest.raises(UsageError, match=f"threads: {many} can't be pinned"):
+        engine.Engine(many, pinned=True)
+
+
 def test_matmul_checks_sizes_and_values(machine: engine.Engine) -> None:
     weights = q8_rows(8, 64)
     x = np.ones((2, 64), np.float32)

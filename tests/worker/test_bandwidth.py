@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.bandwidth import SECONDS, VALID_SECONDS, read_bandwidth
+from worker.bandwidth import SECONDS, VALID_SECONDS, read_bandwidth, tune_threads
 
 
 class Engine:
@@ -129,3 +130,43 @@ def test_a_cache_that_is_not_writable_does_not_stop_it(
 def test_a_full_disk_does_not_stop_it(cache: Path) -> None:
     (cache / "bandwidth.json").symlink_to("/dev/full")
     assert read_bandwidth(Engine(1e9), 2**30, "here") == 1e9
+
+
+class Tuned:
+    """Chooses one thread for decode and notes when it measured, and over what."""
+
+    threads = 4
+    decode_threads = 4
+    prefill_threads = 4
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.times: tuple[float, float] = (0.0, 0.0)
+
+    def tune_threads(self, weight_bytes: int = 0) -> None:
+        start = time.monotonic()
+        time.sleep(0.02)
+        self.asked.append(weight_bytes)
+        self.decode_threads = 1
+        self.times = (start, time.monotonic())
+
+
+def test_fewer_threads_that_are_as_fast_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Tuned()
+    with caplog.at_level("INFO", logger="worker.bandwidth"):
+        tune_threads(engine, 2**30)
+        engine.threads = 1
+        engine.prefill_threads = 1
+        tune_threads(engine, 0)
+    assert [r.getMessage() for r in caplog.records] == [
+        "decode uses 1 of 4 threads, prompts 4: as fast as all"
+    ]
+    assert engine.asked == [64 * 2**20, 2**20]
+
+
+def test_workers_that_start_together_tune_one_after_another() -> None:
+    engines = [Tuned() for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda e: tune_threads(e, 2**30), engines))
+    times = sorted(e.times for e in engines)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))

@@ -14,7 +14,19 @@ def test_all_options_are_read() -> None:
     given = settings_of(
         [
             *HERE,
-            *("--token", "t", "--name", "pi-1", "--host", "::1", "--port", "0", "--threads", "3"),
+            *(
+                "--token",
+                "t",
+                "--name",
+                "pi-1",
+                "--host",
+                "::1",
+                "--port",
+                "0",
+                "--threads",
+                "3",
+                "--pin",
+            ),
             *(
                 "--isa",
                 "scalar",
@@ -37,6 +49,7 @@ def test_all_options_are_read() -> None:
         host="::1",
         port=0,
         threads=3,
+        pinned=True,
         isa="scalar",
         memory_bytes=1610612736,
         weights="mmap",
