@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <functional>
 #include <map>
 #include <memory>
@@ -301,14 +302,16 @@ TEST(a_writer_that_is_killed_leaves_no_pack_in_use) {
   const Folder folder;
   const auto& tensors = folder.parts().at("layer0");
   size_t n_cut = 0;
-  for (int turn = 0; turn < 20; ++turn) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  for (int turn = 0; turn < 20 || (n_cut == 0 && std::chrono::steady_clock::now() < deadline);
+       ++turn) {
     const pid_t child = fork();
     if (child == 0) {
       Pool pool(1);
       auto shard = NewShard(pool);
       for (;;) shard->WritePack(folder.pack("layer0"), folder.model(), tensors);
     }
-    usleep(3000 + 500 * turn);
+    usleep(3000 + 500 * (turn % 20));
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
     n_cut += folder.Names().size() > 2;
