@@ -50,13 +50,32 @@ void Unpack(const uint8_t* record, size_t apart, size_t side, Record& chunk) {
     UnpackWord<5>(kType, run, apart, to);
     UnpackWord<6>(kType, run, apart, to);
     UnpackWord<7>(kType, run, apart, to);
-    _mm512_store_si512(chunk.factors + kWeightRows * i + 8 * side, FactorPairs<Type>(sub, i));
+    if (Type::kHasMin)
+      _mm512_store_si512(chunk.factors + kWeightRows * i + 8 * side, FactorPairs<Type>(sub, i));
   }
   for (size_t s = 0; s < Type::kSubBlocks; ++s)
     _mm512_store_si512(chunk.scales + kWeightRows * s + 8 * side, ScaleWords(sub, s));
   _mm512_store_ps(chunk.d + 8 * side, LoadTwoScales(record, record + apart));
   const uint8_t* min = record + kScaleBytes;
   if (Type::kHasMin) _mm512_store_ps(chunk.dmin + 8 * side, LoadTwoScales(min, min + apart));
+}
+
+// What the sums of sub-blocks of 16 start with where there is a centre: minus the centre times the
+// sum of the activations, [pairs][S rows][2]. A start costs a load, subtracting at the end
+// products.
+template <class Type, size_t S>
+inline void ReadStarts([[maybe_unused]] const uint8_t* sums, int32_t* starts) {
+  for (size_t i = 0; i < 8 * S; i += 8) {
+#if defined(POTLUCK_MUTATION_SEED)
+    _mm512_store_si512(starts + 2 * i, _mm512_setzero_si512());  // dropped, for tests to catch
+#else
+    const __m512i wide =
+        _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + 4 * i)));
+    _mm512_store_si512(
+        starts + 2 * i,
+        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(wide, Type::kCentreShift)));
+#endif
+  }
 }
 
 // c[S rows][32] += record b of 4 panels times a group of S rows.
@@ -70,10 +89,14 @@ inline void AddRecords(const Record& chunk, size_t b, const uint8_t* data, const
   __m512i total0[S], total1[S];
 #pragma GCC unroll 4
   for (size_t t = 0; t < S; ++t) total0[t] = total1[t] = _mm512_setzero_si512();
+  alignas(64) int32_t starts[16 * S];
+  if (Type::kCentreShift != 0) ReadStarts<Type, S>(sums, starts);
   for (size_t s = 0; s < Type::kSubBlocks; ++s) {
     __m512i sum0[S], sum1[S];
+    const int32_t* start = starts + 2 * S * (s / 2) + s % 2;
 #pragma GCC unroll 4
-    for (size_t t = 0; t < S; ++t) sum0[t] = sum1[t] = _mm512_setzero_si512();
+    for (size_t t = 0; t < S; ++t)
+      sum0[t] = sum1[t] = _mm512_set1_epi32(Type::kCentreShift != 0 ? start[2 * t] : 0);
 #pragma GCC unroll 8
     for (int g = 0; g < Type::kWords; ++g) {
       const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
@@ -98,7 +121,7 @@ inline void AddRecords(const Record& chunk, size_t b, const uint8_t* data, const
 #pragma GCC unroll 4
   for (size_t t = 0; t < S; ++t) taken0[t] = taken1[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-  for (size_t i = 0; i < 8; ++i) {
+  for (size_t i = 0; Type::kHasMin && i < 8; ++i) {
     const __m512i factor0 = _mm512_load_si512(chunk.factors + kWeightRows * i);
     const __m512i factor1 = _mm512_load_si512(chunk.factors + kWeightRows * i + 16);
 #pragma GCC unroll 4
@@ -115,9 +138,9 @@ inline void AddRecords(const Record& chunk, size_t b, const uint8_t* data, const
   for (size_t t = 0; t < S; ++t) {
     float* at = c + kWeightRows * t;
     _mm512_store_ps(at,
-                    AddRecord<Type>(_mm512_load_ps(at), total0[t], taken0[t], d0, dmin0, da + t));
-    _mm512_store_ps(
-        at + 16, AddRecord<Type>(_mm512_load_ps(at + 16), total1[t], taken1[t], d1, dmin1, da + t));
+                    AddCentred<Type>(_mm512_load_ps(at), total0[t], taken0[t], d0, dmin0, da + t));
+    _mm512_store_ps(at + 16, AddCentred<Type>(_mm512_load_ps(at + 16), total1[t], taken1[t], d1,
+                                              dmin1, da + t));
   }
 }
 

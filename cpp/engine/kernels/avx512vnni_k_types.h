@@ -151,15 +151,22 @@ inline __m512i Centred(__m512i total, __m512i taken) {
 }
 #endif
 
-// acc + f32(total) * (d * da), then - f32(mins) * (dmin * da): one step of the canonical chain.
+// acc + f32(total) * (d * da), then - f32(mins) * (dmin * da): one step of the canonical chain. The
+// total is of centred codes.
+template <class Type>
+inline __m512 AddCentred(__m512 acc, __m512i total, __m512i mins, __m512 d, __m512 dmin,
+                         const float* da) {
+  const __m512 factor = _mm512_set1_ps(*da);
+  acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(d, factor), acc);
+  if (!Type::kHasMin) return acc;
+  return _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins), _mm512_mul_ps(dmin, factor), acc);
+}
+
+// The same of codes as they are; `taken` as FactorPairs says.
 template <class Type>
 inline __m512 AddRecord(__m512 acc, __m512i total, __m512i taken, __m512 d, __m512 dmin,
                         const float* da) {
-  const __m512 factor = _mm512_set1_ps(*da);
-  const __m512 sum = _mm512_cvtepi32_ps(Centred<Type>(total, taken));
-  acc = _mm512_fmadd_ps(sum, _mm512_mul_ps(d, factor), acc);
-  if (!Type::kHasMin) return acc;
-  return _mm512_fnmadd_ps(_mm512_cvtepi32_ps(taken), _mm512_mul_ps(dmin, factor), acc);
+  return AddCentred<Type>(acc, Centred<Type>(total, taken), taken, d, dmin, da);
 }
 
 }  // namespace
