@@ -20,7 +20,6 @@ constexpr size_t kPrefillWeights = 512;
 constexpr size_t kRounds = 7;
 // Counts are measured in turns; the best time of a count is what it can do.
 constexpr size_t kTurns = 3;
-// Readings differ by so much. Fewer threads that are as good leave the rest to others.
 constexpr double kAsGood = 1.03;
 
 // Counts worth a try: all, three quarters, half and a quarter; half is the cores of CPUs with two
@@ -46,13 +45,17 @@ size_t Fewest(Pool& pool, const Seconds& seconds) {
     }
   }
   pool.Use(pool.threads());
-  const double least = *std::min_element(best.begin(), best.end());
-  size_t chosen = 0;
-  while (best[chosen] > kAsGood * least) ++chosen;
-  return counts[chosen];
+  return FewestAsFast(counts, best);
 }
 
 }  // namespace
+
+size_t FewestAsFast(const std::vector<size_t>& counts, const std::vector<double>& seconds) {
+  const double least = *std::min_element(seconds.begin(), seconds.end());
+  size_t chosen = 0;
+  while (seconds[chosen] > kAsGood * least) ++chosen;
+  return counts[chosen];
+}
 
 void TuneThreads(Pool& pool, const MatMulTable& table, size_t weight_bytes) {
   if (weight_bytes < size_t{1} << 20)

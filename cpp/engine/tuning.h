@@ -2,11 +2,17 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "engine/kernels/matmul_table.h"
 #include "engine/pool.h"
 
 namespace potluck {
+
+// The first of `counts`, which ascend, that takes about as long as the fastest: readings differ by
+// some percent, and fewer threads that are as good leave the rest to others. Both alike in size,
+// not empty.
+size_t FewestAsFast(const std::vector<size_t>& counts, const std::vector<double>& seconds);
 
 // Measures Q4_0 products of one row (decode: bound by memory, which fewer threads may saturate) and
 // of many (prefill: bound by arithmetic, which slow cores and siblings may hold up) with all
