@@ -258,15 +258,17 @@ void BindShard(py::module_& m) {
   // seconds, and Python must go on meanwhile.
   FinalClass<Shard>(m, "Shard")
       .def(py::init([](Engine& engine, const Config& config, size_t start, size_t stop, bool embeds,
-                       bool has_head, size_t kv_bytes, size_t max_sessions) {
-             const ShardPart part{start, stop, embeds, has_head, kv_bytes, max_sessions};
+                       bool has_head, size_t kv_bytes, size_t max_sessions,
+                       const std::string& kv_type) {
+             const ShardPart part{start,    stop,         embeds,           has_head,
+                                  kv_bytes, max_sessions, KvTypeOf(kv_type)};
              return WithoutGil([&] {
                return std::make_unique<Shard>(engine.pool, engine.kernels, config, part);
              });
            }),
            py::keep_alive<1, 2>(), py::arg("engine"), py::arg("config"), py::arg("start"),
            py::arg("stop"), py::kw_only(), py::arg("embeds"), py::arg("has_head"),
-           py::arg("kv_bytes"), py::arg("max_sessions") = 256)
+           py::arg("kv_bytes"), py::arg("max_sessions") = 256, py::arg("kv_type") = "f16")
       .def("matrices", MatricesOf)
       .def(
           "put_file",

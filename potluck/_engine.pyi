@@ -117,6 +117,7 @@ class Shard:
         has_head: bool,
         kv_bytes: int,
         max_sessions: int = 256,
+        kv_type: str = "f16",
     ) -> None: ...
     def matrices(self) -> list[tuple[str, int, int]]:
         """(GGUF name, rows, cols) of every matrix and vector the span needs.

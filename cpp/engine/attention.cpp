@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "engine/kernels/attention_q8.h"
+
 namespace potluck {
 namespace {
 
@@ -29,21 +31,24 @@ bool IsCut(const SessionRows& rows) { return rows.n_rows <= kMostCutRows && Spli
 }  // namespace
 
 struct Attention::Step {
-  const AttentionTable& kernels;
+  const AttentionTable& table;
+  const KvKernels& kernels;  // of the table, for the type of kv
   const KvPages& kv;
   size_t layer;
   const float* q;
   float* out;
 };
 
-Attention::Attention(const Config& config, size_t threads)
+Attention::Attention(const Config& config, KvType type, size_t threads)
     : n_heads_(config.n_heads),
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim),
       n_threads_(threads),
       state_values_(DivideUp(config.head_dim + 2, 16) * 16),
       thread_values_(2 * kTaskRows * state_values_ +
-                     kTileScratchPerDim * DivideUp(config.head_dim, 16) * 16 + kTileScores) {
+                     kTileScratchPerDim * DivideUp(config.head_dim, 16) * 16 + kTileScores),
+      query_bytes_(type == KvType::kQ8 ? q8::QueryBytes(config.head_dim) : 0) {
+  queries_.Reserve(n_threads_ * kTaskRows * query_bytes_);
   scratch_.Reserve(n_threads_ * thread_values_);
 }
 
@@ -104,13 +109,15 @@ void Attention::AddTasks(Task task, size_t n_splits, bool cut) {
 
 void Attention::Attend(Pool& pool, const AttentionTable& kernels, const KvPages& kv, size_t layer,
                        const float* q, float* out) {
-  const Step step = {kernels, kv, layer, q, out};
+  const Step step = {kernels, KernelsFor(kernels, kv.shape().type), kv, layer, q, out};
   pool.Run(tasks_.size(), 1, [&](size_t thread, size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) Work(step, thread, tasks_[i]);
   });
 }
 
-size_t Attention::scratch_bytes() const { return states_.bytes() + scratch_.bytes(); }
+size_t Attention::scratch_bytes() const {
+  return states_.bytes() + scratch_.bytes() + queries_.bytes();
+}
 
 void Attention::Work(const Step& step, size_t thread, const Task& task) {
   if (task.split == kEverySplit) {
@@ -130,9 +137,11 @@ void Attention::WorkAllSplits(const Step& step, size_t thread, const Task& task)
   const size_t n_splits = DivideUp(rows.start_position + task.last_row, kSplitPositions);
   float* const states = scratch_.data() + thread * thread_values_;
   float* const later = states + kTaskRows * state_values_;
-  AddSplit(step, thread, task, 0, states);
+  const void* q[kTaskRows];
+  TakeQueries(step, thread, task, q);
+  AddSplit(step, thread, task, q, 0, states);
   for (size_t split = 1; split < n_splits; ++split) {
-    AddSplit(step, thread, task, split, later);
+    AddSplit(step, thread, task, q, split, later);
     MergeSplit(step, task, split, later, states);
   }
   Finish(step, task, states);
@@ -142,7 +151,9 @@ void Attention::WorkOneSplit(const Step& step, size_t thread, const Task& task) 
   const Join& join = joins_[task.join];
   float* const states = states_.data() + join.first_state * state_values_;
   const size_t split_values = task.Rows() * state_values_;
-  AddSplit(step, thread, task, task.split, states + task.split * split_values);
+  const void* q[kTaskRows];
+  TakeQueries(step, thread, task, q);
+  AddSplit(step, thread, task, q, task.split, states + task.split * split_values);
   std::atomic<size_t>& arrived = arrived_[task.join];
   if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < join.n_splits) return;
   arrived.store(0, std::memory_order_relaxed);  // for the next layer, which a barrier precedes
@@ -152,16 +163,29 @@ void Attention::WorkOneSplit(const Step& step, size_t thread, const Task& task) 
   Finish(step, task, states);
 }
 
+// Where the task's query rows are, in the form that the kernels take.
+void Attention::TakeQueries(const Step& step, size_t thread, const Task& task,
+                            const void** q) const {
+  const size_t first_row = sessions_[task.session].first_row + task.first_row;
+  uint8_t* prepared = queries_.data() + thread * kTaskRows * query_bytes_;
+  for (size_t i = 0; i < task.Rows(); ++i, prepared += query_bytes_) {
+    const size_t head = task.first_head + i % task.Heads();
+    const float* const row =
+        step.q + ((first_row + i / task.Heads()) * n_heads_ + head) * head_dim_;
+    q[i] = row;
+    if (step.kernels.prepare_query == nullptr) continue;
+    step.kernels.prepare_query(row, head_dim_, prepared);
+    q[i] = prepared;
+  }
+}
+
 // The states of the task's query rows over one split; rows before the split keep the empty state.
-void Attention::AddSplit(const Step& step, size_t thread, const Task& task, size_t split,
-                         float* states) const {
+void Attention::AddSplit(const Step& step, size_t thread, const Task& task, const void* const* q,
+                         size_t split, float* states) const {
   const SessionRows& rows = sessions_[task.session];
   const size_t heads = task.Heads();
-  const float* q[kTaskRows];
   float* state[kTaskRows];
   for (size_t i = 0; i < task.Rows(); ++i) {
-    const size_t row = rows.first_row + task.first_row + i / heads;
-    q[i] = step.q + (row * n_heads_ + task.first_head + i % heads) * head_dim_;
     state[i] = states + i * state_values_;
     std::fill_n(state[i], state_values_, 0.0f);
     state[i][head_dim_] = -std::numeric_limits<float>::infinity();
@@ -205,7 +229,7 @@ void Attention::MergeSplit(const Step& step, const Task& task, size_t split, con
   for (size_t i = 0; i < task.Rows(); ++i) {
     const size_t position = start + task.first_row + i / task.Heads();
     if (position < split * kSplitPositions) continue;
-    step.kernels.merge(from + i * state_values_, head_dim_, into + i * state_values_);
+    step.table.merge(from + i * state_values_, head_dim_, into + i * state_values_);
   }
 }
 
@@ -214,8 +238,8 @@ void Attention::Finish(const Step& step, const Task& task, const float* states) 
   for (size_t i = 0; i < task.Rows(); ++i) {
     const size_t row = first_row + i / task.Heads();
     const size_t head = task.first_head + i % task.Heads();
-    step.kernels.finish(states + i * state_values_, head_dim_,
-                        step.out + (row * n_heads_ + head) * head_dim_);
+    step.table.finish(states + i * state_values_, head_dim_,
+                      step.out + (row * n_heads_ + head) * head_dim_);
   }
 }
 

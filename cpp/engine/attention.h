@@ -30,15 +30,20 @@ struct SessionRows {
   size_t n_rows;
 };
 
+// A table's kernels for a type.
+inline const KvKernels& KernelsFor(const AttentionTable& table, KvType type) {
+  return type == KvType::kQ8 ? table.q8 : table.f16;
+}
+
 class Attention {
  public:
-  Attention(const Config& config, size_t threads);
+  Attention(const Config& config, KvType type, size_t threads);
 
   // Shares a step out; holds for every layer of it. Allocates only if no step was as large before.
   void Plan(const std::vector<SessionRows>& sessions);
 
-  // q and out are [rows, n_heads * head_dim]; q rotated and multiplied by 1 / sqrt(head_dim). One
-  // Run of the pool. layer counts in the span.
+  // q and out are [rows, n_heads * head_dim]; q rotated and multiplied by 1 / sqrt(head_dim); kv of
+  // the type given above. One Run of the pool. layer counts in the span.
   void Attend(Pool& pool, const AttentionTable& kernels, const KvPages& kv, size_t layer,
               const float* q, float* out);
 
@@ -67,8 +72,9 @@ class Attention {
   void Work(const Step& step, size_t thread, const Task& task);
   void WorkAllSplits(const Step& step, size_t thread, const Task& task);
   void WorkOneSplit(const Step& step, size_t thread, const Task& task);
-  void AddSplit(const Step& step, size_t thread, const Task& task, size_t split,
-                float* states) const;
+  void TakeQueries(const Step& step, size_t thread, const Task& task, const void** q) const;
+  void AddSplit(const Step& step, size_t thread, const Task& task, const void* const* q,
+                size_t split, float* states) const;
   float* TileScratch(size_t thread) const;
   KvTile TileAt(const Step& step, const Task& task, size_t tile_start, size_t stop) const;
   void MergeSplit(const Step& step, const Task& task, size_t split, const float* from,
@@ -88,7 +94,9 @@ class Attention {
   size_t n_states_ = 0;
   Buffer<float> states_;   // [n_states, state_values] of all joins
   size_t thread_values_;   // f32 of scratch_ for each thread
+  size_t query_bytes_;     // of a prepared row; 0: rows are taken as they are
   Buffer<float> scratch_;  // [threads]: states [2][kMostTileRows, state_values], scratch of a tile
+  Buffer<uint8_t> queries_;  // [threads][kMostTileRows, query_bytes]
 };
 
 }  // namespace potluck

@@ -26,6 +26,12 @@ void CheckPositive(const char* name, double value) {
 
 }  // namespace
 
+KvType KvTypeOf(std::string_view name) {
+  if (name == "f16") return KvType::kF16;
+  if (name == "q8") return KvType::kQ8;
+  throw UsageError("kv_type " + std::string(name) + ": f16 or q8");
+}
+
 void Check(const Config& config, const ShardPart& part) {
   CheckCount("dim", config.dim, kMostValues);
   CheckCount("n_layers", config.n_layers, kMostLayers);

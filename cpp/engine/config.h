@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace potluck {
 
@@ -31,6 +33,10 @@ struct Config {
   size_t KvDim() const { return n_kv_heads * head_dim; }
 };
 
+// How a key or value is kept: as f16, or as a byte and a share of a scale
+// (kernels/attention_table.h).
+enum class KvType : uint8_t { kF16, kQ8 };
+
 // Which part of a model a shard is.
 struct ShardPart {
   size_t start = 0;  // layers [start, stop)
@@ -39,6 +45,7 @@ struct ShardPart {
   bool has_head = false;  // gives logits: holds the last norm and the head
   size_t kv_bytes = 0;    // budget of the KV pages; whole pages of it are used
   size_t max_sessions = 256;
+  KvType kv_type = KvType::kF16;
 };
 
 // One matrix of the file, or one vector (a single row).
@@ -47,6 +54,9 @@ struct TensorShape {
   size_t rows;
   size_t cols;
 };
+
+// The type of a name, "f16" or "q8". UsageError: there is no such type.
+KvType KvTypeOf(std::string_view name);
 
 // ModelError names the value that makes no model, with its range. UsageError: a span that is empty
 // or ends beyond the model.

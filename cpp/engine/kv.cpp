@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "engine/errors.h"
+#include "engine/kernels/attention_q8.h"
 
 namespace potluck {
 namespace {
@@ -21,26 +22,34 @@ std::string Named(uint64_t session) { return "session " + std::to_string(session
 
 }  // namespace
 
+size_t KvShape::SectionBytes() const {
+  if (type == KvType::kQ8) return q8::SectionBytes(head_dim);
+  return 2 * kKvPageTokens * head_dim * sizeof(uint16_t);
+}
+
 KvPages::KvPages(const KvShape& shape, size_t budget_bytes, size_t max_sessions)
-    : shape_(shape), max_sessions_(max_sessions) {
+    : shape_(shape),
+      section_bytes_(shape.SectionBytes()),
+      page_bytes_(shape.PageBytes()),
+      max_sessions_(max_sessions) {
   // Page numbers are int32 in the tables.
-  n_pages_ = std::min<size_t>(budget_bytes / shape.PageBytes(), INT32_MAX);
+  n_pages_ = std::min<size_t>(budget_bytes / page_bytes_, INT32_MAX);
   references_.assign(n_pages_, 0);
   free_.reserve(n_pages_);
   for (size_t page = n_pages_; page > 0; --page) free_.push_back(static_cast<int32_t>(page - 1));
   if (n_pages_ > 0) {
-    void* mapped = mmap(nullptr, n_pages_ * shape.PageBytes(), PROT_READ | PROT_WRITE,
+    void* mapped = mmap(nullptr, n_pages_ * page_bytes_, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) {
       throw UsageError("kv_bytes: the system can't reserve " + std::to_string(budget_bytes) +
                        " bytes");
     }
-    values_ = static_cast<uint16_t*>(mapped);  // last: nothing may throw that would leave it mapped
+    bytes_ = static_cast<uint8_t*>(mapped);  // last: nothing may throw that would leave it mapped
   }
 }
 
 KvPages::~KvPages() {
-  if (values_ != nullptr) munmap(values_, n_pages_ * shape_.PageBytes());
+  if (bytes_ != nullptr) munmap(bytes_, n_pages_ * page_bytes_);
 }
 
 void KvPages::Open(uint64_t session, size_t max_tokens) {
@@ -159,15 +168,15 @@ void KvPages::ReleasePage(int32_t page) {
   free_.push_back(page);
   // Only whole pages of the system can be given back; the rest is reused.
   const auto unit = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  auto* const start = reinterpret_cast<uint8_t*>(Section(page, 0, 0));
+  uint8_t* const start = Section(page, 0, 0);
   const size_t before = (unit - reinterpret_cast<uintptr_t>(start) % unit) % unit;
-  if (before >= shape_.PageBytes()) return;
-  const size_t whole = (shape_.PageBytes() - before) / unit * unit;
+  if (before >= page_bytes_) return;
+  const size_t whole = (page_bytes_ - before) / unit * unit;
   if (whole > 0) madvise(start + before, whole, MADV_DONTNEED);
 }
 
 void KvPages::CopyPage(int32_t from, int32_t to) {
-  std::memcpy(Section(to, 0, 0), Section(from, 0, 0), shape_.PageBytes());
+  std::memcpy(Section(to, 0, 0), Section(from, 0, 0), page_bytes_);
 }
 
 }  // namespace potluck

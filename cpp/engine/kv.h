@@ -1,17 +1,19 @@
 // Which pages hold the keys and values of which session.
 //
-// A page holds 16 positions of one session: f16 keys and values of every layer and KV head of the
-// span. Pages live in one reserved mapping that the system fills when it is touched, so memory in
-// use is what sessions have written. Sessions that were forked share full pages until one of them
-// writes (copy on write). Positions at or above a session's length are never read, so what a page
-// held before does not matter. The caller (Shard) lets one thread in at a time; while the pool
-// works on a step, threads read the tables and write to disjoint parts of prepared pages.
+// A page holds 16 positions of one session: keys and values of every layer and KV head of the span.
+// Pages live in one reserved mapping that the system fills when it is touched, so memory in use is
+// what sessions have written. Sessions that were forked share full pages until one of them writes
+// (copy on write). Positions at or above a session's length are never read, so what a page held
+// before does not matter. The caller (Shard) lets one thread in at a time; while the pool works on
+// a step, threads read the tables and write to disjoint parts of prepared pages.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
+
+#include "engine/config.h"
 
 namespace potluck {
 
@@ -21,12 +23,11 @@ struct KvShape {
   size_t n_layers;  // of the span
   size_t n_kv_heads;
   size_t head_dim;
+  KvType type = KvType::kF16;
 
-  // Keys [head_dim][16 positions], then values [16 positions][head_dim], of one layer and KV head;
-  // f16 values.
-  size_t SectionValues() const { return 2 * kKvPageTokens * head_dim; }
-  size_t PageValues() const { return n_layers * n_kv_heads * SectionValues(); }
-  size_t PageBytes() const { return PageValues() * sizeof(uint16_t); }
+  // A section: keys and values of one layer and KV head in a page.
+  size_t SectionBytes() const;
+  size_t PageBytes() const { return n_layers * n_kv_heads * SectionBytes(); }
 };
 
 class KvPages {
@@ -61,10 +62,10 @@ class KvPages {
   // The session's page numbers, by position / 16; valid until the session is next prepared or
   // closed.
   const int32_t* Table(uint64_t session) const;
-  // Of one page, layer (counted in the span) and KV head; SectionValues() values, 64-byte aligned.
-  uint16_t* Section(int32_t page, size_t layer, size_t kv_head) const {
-    return values_ + static_cast<size_t>(page) * shape_.PageValues() +
-           (layer * shape_.n_kv_heads + kv_head) * shape_.SectionValues();
+  // Of one page, layer (counted in the span) and KV head; SectionBytes(), 64-byte aligned.
+  uint8_t* Section(int32_t page, size_t layer, size_t kv_head) const {
+    return bytes_ + static_cast<size_t>(page) * page_bytes_ +
+           (layer * shape_.n_kv_heads + kv_head) * section_bytes_;
   }
 
   const KvShape& shape() const { return shape_; }
@@ -88,9 +89,11 @@ class KvPages {
   void CopyPage(int32_t from, int32_t to);
 
   KvShape shape_;
+  size_t section_bytes_;
+  size_t page_bytes_;
   size_t max_sessions_;
   size_t n_pages_;
-  uint16_t* values_ = nullptr;        // [n_pages, PageValues()]
+  uint8_t* bytes_ = nullptr;          // [n_pages, page_bytes_]
   std::vector<int32_t> free_;         // taken from the back
   size_t promised_ = 0;               // of the free pages, how many belong to sessions already
   std::vector<uint32_t> references_;  // sessions that hold a page, by page

@@ -105,11 +105,12 @@ bool PlaceHead(Step& step, Part part, size_t index, size_t row, size_t head, flo
   }
   const KvPlace place = step.batch.places()[row];
   const size_t slot = place.position % kKvPageTokens;
-  uint16_t* const section = step.kv.Section(place.page, index, head);
+  const KvKernels& kernels = KernelsFor(*step.kernels.attention, step.kv.shape().type);
+  uint8_t* const section = step.kv.Section(place.page, index, head);
   if (part == Part::kKeys) {
-    return step.kernels.attention->store_key(values, head_dim, slot, section);
+    return kernels.store_key(values, head_dim, slot, section);
   }
-  return step.kernels.attention->store_value(values, head_dim, slot, section);
+  return kernels.store_value(values, head_dim, slot, section);
 }
 
 // A unit of heads (whole panels) of q, k or v, over all rows.

@@ -75,9 +75,9 @@ struct Shard::State {
         config(Checked(model, which)),
         part(which),
         loading(config, part),
-        kv({part.stop - part.start, config.n_kv_heads, config.head_dim}, part.kv_bytes,
-           part.max_sessions),
-        attention(config, pool.threads()),
+        kv({part.stop - part.start, config.n_kv_heads, config.head_dim, part.kv_type},
+           part.kv_bytes, part.max_sessions),
+        attention(config, part.kv_type, pool.threads()),
         activations(kernels, static_cast<float>(config.norm_eps), pool.threads()),
         rope(config.rope_theta, config.rope_dim) {}
 

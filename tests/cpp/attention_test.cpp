@@ -5,182 +5,113 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "engine/isa.h"
 #include "engine/kernels/table.h"
 #include "engine/types.h"
+#include "timeline.h"
 
 using potluck::Attention;
 using potluck::AttentionTable;
-using potluck::Config;
+using potluck::KvKernels;
 using potluck::KvPages;
+using potluck::KvType;
 using potluck::Pool;
 using potluck::SessionRows;
-
-namespace {
-
-struct Shape {
-  size_t n_heads, n_kv_heads, head_dim;
-};
-
-Config ConfigOf(const Shape& shape) {
-  Config config;
-  config.n_heads = shape.n_heads;
-  config.n_kv_heads = shape.n_kv_heads;
-  config.head_dim = shape.head_dim;
-  return config;
-}
-
-std::vector<float> Normal(size_t n, uint32_t seed, float scale) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(random);
-  return values;
-}
-
-// Keys, values and queries of one session, [length, heads, head_dim] each.
-struct Timeline {
-  Timeline(const Shape& s, size_t n, uint32_t seed)
-      : shape(s),
-        length(n),
-        keys(Normal(n * s.n_kv_heads * s.head_dim, seed, 1.0f)),
-        values(Normal(n * s.n_kv_heads * s.head_dim, seed + 1, 1.0f)),
-        q(Normal(n * s.n_heads * s.head_dim, seed + 2, 0.7f)) {}
-  Shape shape;
-  size_t length;
-  std::vector<float> keys, values, q;
-};
-
-void Store(const AttentionTable& kernels, KvPages& kv, uint64_t session, const Timeline& timeline,
-           size_t start, size_t stop) {
-  const Shape& shape = timeline.shape;
-  kv.Prepare(session, start, stop);
-  for (size_t position = start; position < stop; ++position) {
-    for (size_t head = 0; head < shape.n_kv_heads; ++head) {
-      const size_t from = (position * shape.n_kv_heads + head) * shape.head_dim;
-      uint16_t* section = kv.Section(kv.Table(session)[position / 16], 0, head);
-      CHECK(kernels.store_key(timeline.keys.data() + from, shape.head_dim, position % 16, section));
-      CHECK(kernels.store_value(timeline.values.data() + from, shape.head_dim, position % 16,
-                                section));
-    }
-  }
-  kv.Commit(session, stop);
-}
-
-// Attention of the whole timeline, in steps of `chunk` rows.
-std::vector<float> Attended(const AttentionTable& kernels, const Timeline& timeline, size_t threads,
-                            size_t chunk) {
-  const Shape& shape = timeline.shape;
-  const size_t width = shape.n_heads * shape.head_dim;
-  Pool pool(threads);
-  KvPages kv({1, shape.n_kv_heads, shape.head_dim}, size_t{1} << 24, 4);
-  Attention attention(ConfigOf(shape), threads);
-  kv.Open(1, timeline.length);
-  std::vector<float> out(timeline.length * width);
-  for (size_t start = 0; start < timeline.length; start += chunk) {
-    const size_t n = std::min(chunk, timeline.length - start);
-    Store(kernels, kv, 1, timeline, start, start + n);
-    attention.Plan({SessionRows{kv.Table(1), start, 0, n}});
-    attention.Attend(pool, kernels, kv, 0, timeline.q.data() + start * width,
-                     out.data() + start * width);
-  }
-  return out;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-// One head of one row in f64, over keys and values rounded to f16.
-std::vector<double> Exact(const Timeline& t, size_t row, size_t head) {
-  const Shape& s = t.shape;
-  const size_t kv_head = head / (s.n_heads / s.n_kv_heads);
-  const auto at = [&](const std::vector<float>& x, size_t position, size_t d) {
-    const float value = x[(position * s.n_kv_heads + kv_head) * s.head_dim + d];
-    return static_cast<double>(potluck::HalfToFloat(potluck::FloatToHalf(value)));
-  };
-  std::vector<double> scores(row + 1), out(s.head_dim);
-  for (size_t j = 0; j <= row; ++j) {
-    for (size_t d = 0; d < s.head_dim; ++d) {
-      scores[j] +=
-          static_cast<double>(t.q[(row * s.n_heads + head) * s.head_dim + d]) * at(t.keys, j, d);
-    }
-  }
-  const double largest = *std::max_element(scores.begin(), scores.end());
-  double sum = 0;
-  for (double& score : scores) sum += score = std::exp(score - largest);
-  for (size_t j = 0; j <= row; ++j) {
-    for (size_t d = 0; d < s.head_dim; ++d) out[d] += scores[j] / sum * at(t.values, j, d);
-  }
-  return out;
-}
-
-// Those of the ISAs that this CPU runs; some share one.
-std::vector<const AttentionTable*> Tables() {
-  std::vector<const AttentionTable*> tables;
-  for (const std::string& isa : potluck::AvailableIsas()) {
-    const AttentionTable* table = potluck::ChooseTable(isa).attention;
-    if (tables.empty() || tables.back() != table) tables.push_back(table);
-  }
-  return tables;
-}
-
-// In groups and alone; whole slices of 16 dimensions, parts of one, and such as no register holds.
-std::vector<Shape> Shapes() {
-  if (check::IsShort()) return {{3, 1, 64}, {2, 1, 20}, {7, 1, 36}, {1, 1, 104}, {2, 1, 22}};
-  return {{9, 3, 64}, {4, 4, 128}, {2, 1, 20}, {8, 1, 16}, {7, 1, 100}, {1, 1, 104}, {2, 1, 22}};
-}
-
-}  // namespace
+using timelines::AsF16;
+using timelines::Attended;
+using timelines::ConfigOf;
+using timelines::kTypes;
+using timelines::Moderate;
+using timelines::Normal;
+using timelines::SameBits;
+using timelines::Shape;
+using timelines::Shapes;
+using timelines::Store;
+using timelines::TableOf;
+using timelines::Tables;
+using timelines::Timeline;
+using timelines::WorstError;
 
 TEST(every_table_gives_the_scalar_bits) {
-  for (const Shape& shape : Shapes()) {
-    const Timeline timeline(shape, 530, 11);  // two splits
-    const auto scalar = Attended(*potluck::ChooseTable("scalar").attention, timeline, 1, 530);
-    for (const AttentionTable* kernels : Tables()) {
-      for (const size_t chunk : {530u, 1u, 13u}) {  // a kernel takes six rows at a time
-        CHECK(SameBits(Attended(*kernels, timeline, 1, chunk), scalar));
+  for (const KvType type : kTypes) {
+    for (const Shape& shape : Shapes()) {
+      const Timeline timeline(shape, 530, 11);  // two splits
+      const auto scalar = Attended(TableOf("scalar"), type, timeline, 1, 530);
+      for (const AttentionTable* table : Tables()) {
+        for (const size_t chunk : {530u, 1u, 13u}) {  // a kernel takes six rows at a time
+          CHECK(SameBits(Attended(*table, type, timeline, 1, chunk), scalar));
+        }
       }
+    }
+  }
+}
+
+TEST(every_table_has_kernels_of_its_own) {
+  for (const AttentionTable* table : Tables()) {
+    if (table == &TableOf("scalar")) continue;
+    for (const KvType type : kTypes) {
+      const KvKernels& own = potluck::KernelsFor(*table, type);
+      const KvKernels& scalar = potluck::KernelsFor(TableOf("scalar"), type);
+      CHECK(own.add_tile != scalar.add_tile);
+      CHECK(own.store_key != scalar.store_key);
+      CHECK(own.store_value != scalar.store_value);
     }
   }
 }
 
 TEST(rows_are_near_attention_in_f64) {
+  const auto as_it_is = [](float value) { return value; };
   for (const Shape& shape : Shapes()) {
     const Timeline timeline(shape, 300, 3);
-    const auto out = Attended(*potluck::ChooseTable("auto").attention, timeline, 2, 64);
-    double worst = 0;
-    for (size_t row = 0; row < timeline.length; row += 13) {
-      for (size_t head = 0; head < shape.n_heads; ++head) {
-        const std::vector<double> exact = Exact(timeline, row, head);
-        for (size_t d = 0; d < shape.head_dim; ++d) {
-          const float got = out[(row * shape.n_heads + head) * shape.head_dim + d];
-          worst = std::max(worst, std::fabs(static_cast<double>(got) - exact[d]));
-        }
-      }
-    }
-    CHECK(worst < 2e-5);
-    CHECK(worst > 1e-9);  // else the comparison compares nothing
+    const auto out = Attended(TableOf("auto"), KvType::kF16, timeline, 2, 64);
+    CHECK(WorstError(timeline, out, AsF16) < 2e-5);
+    CHECK(WorstError(timeline, out, AsF16) > 1e-9);  // else the comparison compares nothing
+    const Timeline moderate = Moderate(shape);
+    const auto moderate_out = Attended(TableOf("auto"), KvType::kF16, moderate, 2, 64);
+    CHECK(WorstError(moderate, moderate_out, as_it_is) < 2e-3);
+  }
+}
+
+TEST(a_byte_a_value_stays_within_a_hundredth_of_the_largest) {
+  const auto as_it_is = [](float value) { return value; };
+  for (const Shape& shape : Shapes()) {
+    const Timeline timeline = Moderate(shape);
+    const auto larger = [](float a, float b) { return std::fabs(a) < std::fabs(b); };
+    const auto largest = std::max_element(timeline.values.begin(), timeline.values.end(), larger);
+    const auto out = Attended(TableOf("auto"), KvType::kQ8, timeline, 2, 64);
+    const double error = WorstError(timeline, out, as_it_is) / std::fabs(*largest);
+    CHECK(error < 1e-2);
+    CHECK(error > 1e-4);  // else it is not what is measured
+  }
+}
+
+// All values alike: a row is that value, however its weights were rounded.
+TEST(weights_of_bytes_sum_to_one) {
+  const Shape shape = {2, 1, 64};
+  for (const size_t length : {1u, 2u, 64u, 700u}) {
+    Timeline timeline(shape, length, 5);
+    std::fill(timeline.values.begin(), timeline.values.end(), -3.5f);
+    const auto out = Attended(TableOf("auto"), KvType::kQ8, timeline, 1, length);
+    for (const float value : out) CHECK(std::fabs(value + 3.5f) < 3.5f * 2e-3f);
   }
 }
 
 TEST(chunks_and_threads_change_no_bit) {
-  for (const Shape& shape : {Shape{9, 3, 64}, Shape{8, 1, 16}}) {
-    const size_t length = check::IsShort() ? 600 : 1100;  // two splits or three
-    const Timeline timeline(shape, length, 7);
-    const AttentionTable& kernels = *potluck::ChooseTable("auto").attention;
-    const auto whole = Attended(kernels, timeline, 1, length);
-    for (const size_t threads : {1u, 2u, 3u, 4u}) {
-      if (check::IsShort() && threads % 2 == 0) continue;
-      for (const size_t chunk :
-           {size_t{1}, size_t{7}, size_t{8}, size_t{9}, size_t{64}, size_t{257}, length}) {
-        if (check::IsShort() && (chunk == 1 || chunk == 8)) continue;
-        CHECK(SameBits(Attended(kernels, timeline, threads, chunk), whole));
+  for (const KvType type : kTypes) {
+    for (const Shape& shape : {Shape{9, 3, 64}, Shape{8, 1, 16}}) {
+      const size_t length = check::IsShort() ? 600 : 1100;  // two splits or three
+      const Timeline timeline(shape, length, 7);
+      const auto whole = Attended(TableOf("auto"), type, timeline, 1, length);
+      for (const size_t threads : {1u, 2u, 3u, 4u}) {
+        if (check::IsShort() && threads % 2 == 0) continue;
+        for (const size_t chunk :
+             {size_t{1}, size_t{7}, size_t{8}, size_t{9}, size_t{64}, size_t{257}, length}) {
+          if (check::IsShort() && (chunk == 1 || chunk == 8)) continue;
+          CHECK(SameBits(Attended(TableOf("auto"), type, timeline, threads, chunk), whole));
+        }
       }
     }
   }
@@ -189,21 +120,23 @@ TEST(chunks_and_threads_change_no_bit) {
 TEST(what_a_page_held_before_is_never_seen) {
   const Shape shape = {4, 2, 32};
   const Timeline timeline(shape, 21, 9);
-  for (const std::string& isa : potluck::AvailableIsas()) {
-    const AttentionTable& kernels = *potluck::ChooseTable(isa).attention;
-    KvPages kv({1, 2, 32}, size_t{1} << 18, 4);
-    Pool pool(1);
-    kv.Open(1, 32);
-    kv.Prepare(1, 0, 32);
-    for (const int32_t page : {0, 1}) {  // NaN everywhere
-      std::fill_n(kv.Section(page, 0, 0), kv.shape().PageValues(), uint16_t{0x7e00});
+  for (const KvType type : kTypes) {
+    for (const AttentionTable* known : Tables()) {
+      const AttentionTable& table = *known;
+      KvPages kv({1, 2, 32, type}, size_t{1} << 18, 4);
+      Pool pool(1);
+      kv.Open(1, 32);
+      kv.Prepare(1, 0, 32);
+      for (const int32_t page : {0, 1}) {  // NaN everywhere
+        std::fill_n(kv.Section(page, 0, 0), kv.shape().PageBytes(), uint8_t{0xff});
+      }
+      Attention attention(ConfigOf(shape), type, 1);
+      Store(potluck::KernelsFor(table, type), kv, 1, timeline, 0, 21);
+      std::vector<float> out(21 * 128);
+      attention.Plan({SessionRows{kv.Table(1), 0, 0, 21}});
+      attention.Attend(pool, table, kv, 0, timeline.q.data(), out.data());
+      CHECK(SameBits(out, Attended(table, type, timeline, 1, 21)));
     }
-    Attention attention(ConfigOf(shape), 1);
-    Store(kernels, kv, 1, timeline, 0, 21);
-    std::vector<float> out(21 * 128);
-    attention.Plan({SessionRows{kv.Table(1), 0, 0, 21}});
-    attention.Attend(pool, kernels, kv, 0, timeline.q.data(), out.data());
-    CHECK(SameBits(out, Attended(kernels, timeline, 1, 21)));
   }
 }
 
@@ -216,10 +149,11 @@ TEST(keys_and_values_round_to_nearest_even_and_refuse_what_overflows) {
   values[7] = -0.0f;
   values[8] = 65519.0f;
   for (const std::string& isa : potluck::AvailableIsas()) {
-    const AttentionTable& kernels = *potluck::ChooseTable(isa).attention;
+    const KvKernels& kernels = TableOf(isa).f16;
     std::vector<uint16_t> section(2 * 16 * 37);
-    CHECK(kernels.store_key(values.data(), 37, 5, section.data()));
-    CHECK(kernels.store_value(values.data(), 37, 5, section.data()));
+    auto* const bytes = reinterpret_cast<uint8_t*>(section.data());
+    CHECK(kernels.store_key(values.data(), 37, 5, bytes));
+    CHECK(kernels.store_value(values.data(), 37, 5, bytes));
     for (size_t d = 0; d < 37; ++d) {
       const uint16_t half = potluck::FloatToHalf(values[d]);
       CHECK_EQ(section[d * 16 + 5], half);
@@ -231,8 +165,56 @@ TEST(keys_and_values_round_to_nearest_even_and_refuse_what_overflows) {
       for (const size_t place : {0u, 12u, 36u}) {
         std::vector<float> damaged = values;
         damaged[place] = bad;
-        CHECK(!kernels.store_value(damaged.data(), 37, 0, section.data()));
-        CHECK(!kernels.store_key(damaged.data(), 37, 0, section.data()));
+        CHECK(!kernels.store_value(damaged.data(), 37, 0, bytes));
+        CHECK(!kernels.store_key(damaged.data(), 37, 0, bytes));
+      }
+    }
+  }
+}
+
+// A section of q8, position 5: codes, and scales after all of them.
+struct ByteSection {
+  explicit ByteSection(size_t n) : head_dim(n), padded((n + 3) / 4 * 4), bytes(padded * 32 + 128) {}
+  int KeyCode(size_t d) const { return Code((d / 4 * 16 + 5) * 4 + d % 4); }
+  int ValueCode(size_t d) const { return Code(padded * 16 + (padded + d) * 4 + 1); }
+  float Scale(size_t which) const {
+    float scale = 0;
+    std::memcpy(&scale, bytes.data() + padded * 32 + which * 64 + 5 * 4, 4);
+    return scale;
+  }
+  int Code(size_t at) const { return static_cast<int8_t>(bytes[at]); }
+  size_t head_dim, padded;
+  std::vector<uint8_t> bytes;
+};
+
+TEST(bytes_share_the_scale_of_their_row_and_refuse_what_overflows) {
+  for (const std::string& isa : potluck::AvailableIsas()) {
+    const KvKernels& kernels = TableOf(isa).q8;
+    for (const float scale : {1.0f, 100.0f, 0x1p-99f, 0x1p-120f, 0.0f}) {
+      std::vector<float> x = Normal(37, 5, scale);
+      x[9] = -4.0f * scale;  // the largest
+      ByteSection section(37);
+      std::fill(section.bytes.begin(), section.bytes.end(), uint8_t{0x55});
+      CHECK(kernels.store_key(x.data(), 37, 5, section.bytes.data()));
+      CHECK(kernels.store_value(x.data(), 37, 5, section.bytes.data()));
+      const bool is_tiny = 4.0f * scale < 0x1p-100f;
+      for (const size_t which : {0u, 1u}) {
+        CHECK_EQ(section.Scale(which), is_tiny ? 0.0f : 4.0f * scale / 127.0f);
+      }
+      for (size_t d = 0; d < 40; ++d) {
+        const float exact = d < 37 && !is_tiny ? x[d] * (127.0f / (4.0f * scale)) : 0.0f;
+        CHECK_EQ(section.KeyCode(d), static_cast<int>(std::nearbyint(exact)));
+        CHECK_EQ(section.ValueCode(d), section.KeyCode(d));
+      }
+      CHECK_EQ(section.Code(4 * 4), 0x55);  // another position
+    }
+    for (const float bad : {65536.0f, -1e9f, INFINITY, -INFINITY, NAN}) {
+      for (const size_t place : {0u, 12u, 36u}) {
+        std::vector<float> damaged = Normal(37, 5, 1.0f);
+        damaged[place] = bad;
+        ByteSection section(37);
+        CHECK(!kernels.store_value(damaged.data(), 37, 0, section.bytes.data()));
+        CHECK(!kernels.store_key(damaged.data(), 37, 0, section.bytes.data()));
       }
     }
   }
@@ -240,13 +222,35 @@ TEST(keys_and_values_round_to_nearest_even_and_refuse_what_overflows) {
 
 TEST(scores_far_apart_and_all_alike_are_the_same_on_every_table) {
   const Shape shape = {3, 1, 64};
-  for (const float scale : {0.0f, 1e-3f, 100.0f, 3e4f}) {
-    Timeline timeline(shape, 300, 21);
-    for (float& q : timeline.q) q *= scale;
-    const auto scalar = Attended(*potluck::ChooseTable("scalar").attention, timeline, 1, 300);
-    CHECK(std::all_of(scalar.begin(), scalar.end(), [](float v) { return std::isfinite(v); }));
+  for (const KvType type : kTypes) {
+    for (const float scale : {0.0f, 1e-3f, 100.0f, 3e4f, 0x1p79f}) {
+      Timeline timeline(shape, 300, 21);
+      for (float& q : timeline.q) q *= std::min(scale, 0x1p77f);
+      if (scale < 1.0f) {  // and some rows of zeros
+        std::fill_n(timeline.values.begin(), 100 * 64, 0.0f);
+        std::fill_n(timeline.keys.begin() + 64 * 64, 100 * 64, -0.0f);
+      }
+      const auto scalar = Attended(TableOf("scalar"), type, timeline, 1, 300);
+      CHECK(std::all_of(scalar.begin(), scalar.end(), [](float v) { return std::isfinite(v); }));
+      for (const std::string& isa : potluck::AvailableIsas()) {
+        CHECK(SameBits(Attended(TableOf(isa), type, timeline, 2, 50), scalar));
+      }
+    }
+  }
+}
+
+// The most that a sum of codes can be: every product of a row has the same sign.
+TEST(codes_all_at_their_largest_do_not_overflow) {
+  for (const Shape& shape :
+       {Shape{1, 1, 64}, Shape{1, 1, 512}, Shape{1, 1, 520}, Shape{1, 1, 2048}}) {
+    Timeline timeline(shape, 70, 1);
+    std::fill(timeline.keys.begin(), timeline.keys.end(), -2.0f);
+    std::fill(timeline.values.begin(), timeline.values.end(), 5.0f);
+    std::fill(timeline.q.begin(), timeline.q.end(), 0.01f);
     for (const std::string& isa : potluck::AvailableIsas()) {
-      CHECK(SameBits(Attended(*potluck::ChooseTable(isa).attention, timeline, 2, 50), scalar));
+      const auto out = Attended(TableOf(isa), KvType::kQ8, timeline, 1, 70);
+      for (const float value : out) CHECK(std::fabs(value - 5.0f) < 1e-4f);
+      CHECK(SameBits(out, Attended(TableOf("scalar"), KvType::kQ8, timeline, 1, 70)));
     }
   }
 }

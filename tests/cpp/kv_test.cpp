@@ -26,7 +26,8 @@ KvPages MakePages(size_t n_pages, size_t max_sessions = 64) {
 
 // A position's mark: one value in the last layer and head of its page.
 uint16_t& MarkAt(const KvPages& kv, uint64_t session, size_t position) {
-  return kv.Section(kv.Table(session)[position / kPage], 1, 1)[position % kPage];
+  uint8_t* const section = kv.Section(kv.Table(session)[position / kPage], 1, 1);
+  return reinterpret_cast<uint16_t*>(section)[position % kPage];
 }
 
 // Writes positions [start, stop) as a step does.
@@ -38,10 +39,10 @@ void Write(KvPages& kv, uint64_t session, size_t start, size_t stop, uint16_t ma
   kv.Commit(session, stop);
 }
 
-size_t ResidentBytes(const uint16_t* start, size_t n_bytes) {
+size_t ResidentBytes(const uint8_t* start, size_t n_bytes) {
   const auto unit = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   std::vector<unsigned char> resident(n_bytes / unit);
-  auto* const address = const_cast<uint16_t*>(start);
+  auto* const address = const_cast<uint8_t*>(start);
   CHECK_EQ(mincore(address, n_bytes, resident.data()), 0);
   size_t n = 0;
   for (const unsigned char flags : resident) n += flags & 1u;
@@ -65,6 +66,14 @@ void CheckSame(const KvPages& kv, const std::map<uint64_t, Expected>& expected) 
 }
 
 }  // namespace
+
+TEST(a_byte_a_value_takes_about_half_the_room) {
+  const KvShape f16 = {30, 3, 64};
+  const KvShape q8 = {30, 3, 64, potluck::KvType::kQ8};
+  CHECK_EQ(f16.PageBytes(), size_t{30 * 3 * 16 * 64 * 2 * 2});
+  CHECK_EQ(q8.PageBytes(), size_t{30 * 3 * 16 * (64 + 4) * 2});  // 0.53 of it
+  CHECK_EQ((KvShape{1, 1, 22, potluck::KvType::kQ8}.SectionBytes()), size_t{16 * (24 + 4) * 2});
+}
 
 TEST(opening_reserves_room_that_writing_never_lacks) {
   KvPages kv = MakePages(4);
@@ -129,12 +138,12 @@ TEST(a_shared_page_without_a_free_one_is_refused_and_nothing_changes) {
 TEST(memory_is_what_sessions_have_written_and_comes_back) {
   const KvShape shape = {4, 2, 64};  // a page of 64 KiB
   KvPages kv(shape, size_t{1} << 30, 4);
-  const uint16_t* const start = kv.Section(0, 0, 0);
+  const uint8_t* const start = kv.Section(0, 0, 0);
   CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 0u);
   kv.Open(1, 1000);
   kv.Prepare(1, 0, 40);
   for (const size_t page : {0u, 1u, 2u}) {
-    std::fill_n(kv.Section(kv.Table(1)[page], 0, 0), shape.PageValues(), uint16_t{1});
+    std::fill_n(kv.Section(kv.Table(1)[page], 0, 0), shape.PageBytes(), uint8_t{1});
   }
   CHECK_EQ(ResidentBytes(start, size_t{1} << 30), 3 * shape.PageBytes());
   kv.Close(1);

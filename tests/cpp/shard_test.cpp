@@ -15,7 +15,9 @@
 #include "tiny_model.h"
 #include "weights.h"
 
+using potluck::KvType;
 using potluck::RowSpan;
+using potluck::ShardPart;
 using tiny::kKvBytes;
 using tiny::kLayers;
 using tiny::Made;
@@ -138,6 +140,30 @@ TEST(a_model_in_two_shards_is_the_model_in_one) {
     }
     CHECK(SameBits(logits, expected));
   }
+}
+
+TEST(keys_and_values_in_bytes_keep_every_promise_of_f16) {
+  const auto tokens = TokensOf(150), other = TokensOf(40, 9);
+  const ShardPart part = {0, kLayers, true, true, kKvBytes, 64, KvType::kQ8};
+  const auto expected = RunSession(Made(1, part), tokens, 150);
+  CHECK(!SameBits(expected, RunSession(Made(1), tokens, 150)));
+  for (const std::string& isa : potluck::AvailableIsas()) {
+    const Made made(2, part, isa);
+    CHECK(SameBits(RunSession(made, tokens, 33), expected));
+    made->Fork(1, 2, 150);
+    made->Truncate(2, 21);  // within a page that both hold
+    Run(made, {{2, 21, 40, 40}}, other);
+    made->Truncate(2, 21);
+    const std::vector<int32_t> rest(tokens.begin() + 21, tokens.end());
+    CHECK(SameBits(Run(made, {{2, 21, 129, 129}}, rest), RowsOf(expected, 21, 129)));
+    made->Truncate(1, 149);  // what the fork wrote is not in here
+    CHECK(SameBits(Run(made, {{1, 149, 1, 1}}, {tokens[149]}), RowsOf(expected, 149, 1)));
+  }
+  const Made f16(1), q8(1, part);
+  CHECK(q8->kv_bytes() <= kKvBytes);
+  f16->Open(1, 64);
+  q8->Open(1, 64);
+  CHECK_EQ(q8->kv_used_bytes() * 24 * 2, f16->kv_used_bytes() * (24 + 4));  // head_dim 24
 }
 
 TEST(pages_in_any_order_and_used_before_change_no_bit) {

@@ -11,34 +11,28 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/kernels/attention_f16.h"
 #include "engine/kernels/attention_rows.h"
-#include "engine/kernels/avx2_exp.h"
+#include "engine/kernels/avx2_weigh.h"
 
 namespace potluck {
 namespace {
 
-constexpr size_t kLanes = 8;
 constexpr size_t kSlice = kPagePositions;  // positions or dimensions of a slice of a widened tile
 static_assert(kSlice == 2 * kLanes, "six rows times a slice are twelve sums");
 
-inline __m256 Load(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 Load(const uint16_t* halves) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-}
-
-// All ones in the lanes below count.
-inline __m256i MaskOf(size_t count) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(count)), lanes);
 }
 
 // Where a tile's keys and values are: in their pages as f16, ...
 struct Halves {
   const KvTile& tile;
   size_t head_dim;
-  const uint16_t* Keys(size_t page) const { return tile.sections[page]; }
+  const uint16_t* Keys(size_t page) const { return HalvesOf(tile.sections[page]); }
   const uint16_t* Value(size_t j, size_t d) const {
-    return tile.sections[j / kPagePositions] + (kPagePositions + j % kPagePositions) * head_dim + d;
+    return HalvesOf(tile.sections[j / kPagePositions]) +
+           (kPagePositions + j % kPagePositions) * head_dim + d;
   }
 };
 
@@ -58,7 +52,7 @@ void WidenKeys(const Floats& to) {
   for (size_t p = 0; p < kTilePages; ++p) {
     float* const keys = to.Keys(p);
     for (size_t i = 0; i < kPagePositions * to.head_dim; i += kLanes) {
-      _mm256_store_ps(keys + i, Load(to.tile.sections[p] + i));
+      _mm256_store_ps(keys + i, Load(HalvesOf(to.tile.sections[p]) + i));
     }
   }
 }
@@ -104,7 +98,7 @@ inline void AddProducts(const Weight& weight, const Value& value, __m256 (&sums)
 
 // Scores of `Rows` query rows with positions [start, start + 8 * Vectors); scores is [Rows][64].
 template <size_t Rows, size_t Vectors, class Source>
-void Score(const Source& source, size_t start, bool fetches, const float* const* q, float* scores) {
+void Score(const Source& source, size_t start, bool fetches, const void* const* q, float* scores) {
   static_assert(Vectors % 2 == 0, "whole pages");
   __m256 sums[Rows][Vectors];
   decltype(source.Keys(0)) keys[Vectors / 2];
@@ -113,7 +107,7 @@ void Score(const Source& source, size_t start, bool fetches, const float* const*
   for (size_t i = 0; i < Vectors / 2; ++i) keys[i] = source.Keys(start / kPagePositions + i);
 #pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
-    row[r] = q[r];
+    row[r] = static_cast<const float*>(q[r]);
 #pragma GCC unroll 8
     for (size_t v = 0; v < Vectors; ++v) sums[r][v] = _mm256_setzero_ps();
   }
@@ -129,60 +123,6 @@ void Score(const Source& source, size_t start, bool fetches, const float* const*
       _mm256_store_ps(scores + r * kTilePositions + start + v * kLanes, sums[r][v]);
     }
   }
-}
-
-inline float LargestOf(__m256 lanes) {
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
-inline float Tree(__m256 lanes) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
-void Scale(float factor, size_t head_dim, float* o) {
-  const __m256 factors = _mm256_set1_ps(factor);
-  size_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) {
-    _mm256_storeu_ps(o + d, _mm256_mul_ps(Load(o + d), factors));
-  }
-  for (; d < head_dim; ++d) o[d] = o[d] * factor;
-}
-
-// Scores become weights. Lanes at or above n may hold anything: they count as -infinity and get the
-// weight 0, which changes no sum (a lane's sum is never -0).
-void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
-  const size_t n_vectors = (n + kLanes - 1) / kLanes;
-  const __m256 lowest = _mm256_set1_ps(-__builtin_inff());
-  const __m256 seen = _mm256_castsi256_ps(MaskOf(n - (n_vectors - 1) * kLanes));
-  float* const last = scores + (n_vectors - 1) * kLanes;
-  _mm256_store_ps(last, _mm256_blendv_ps(lowest, _mm256_load_ps(last), seen));
-  __m256 largest = _mm256_load_ps(scores);
-  for (size_t v = 1; v < n_vectors; ++v) {
-    largest = _mm256_max_ps(largest, _mm256_load_ps(scores + v * kLanes));
-  }
-  const float tile_largest = LargestOf(largest);
-  float m = state[head_dim];
-  float l = state[head_dim + 1];
-  if (tile_largest > m) {
-    const float factor = _mm256_cvtss_f32(ExpBelow0(_mm256_set1_ps(m - tile_largest)));
-    Scale(factor, head_dim, state);
-    l = l * factor;
-    m = tile_largest;
-  }
-  const __m256 shift = _mm256_set1_ps(m);
-  __m256 sums = _mm256_setzero_ps();
-  for (size_t v = 0; v < n_vectors; ++v) {
-    float* const place = scores + v * kLanes;
-    const __m256 weights = ExpBelow0(_mm256_sub_ps(_mm256_load_ps(place), shift));
-    _mm256_store_ps(place, weights);
-    sums = _mm256_add_ps(sums, weights);
-  }
-  state[head_dim] = m;
-  state[head_dim + 1] = l + Tree(sums);
 }
 
 // Adds the weighted values of positions [start, stop) to dimensions [d, d + 8 * Vectors) of Rows
@@ -301,8 +241,12 @@ void AddTile(const KvTile& tile, size_t head_dim, const TileRows& rows, float* s
   }
 }
 
-constexpr AttentionTable kTable = {AddTile, avx2::Merge, avx2::Finish, avx2::StoreKey,
-                                   avx2::StoreValue};
+constexpr AttentionTable kTable = {
+    {nullptr, AddTile, avx2::StoreKeyF16, avx2::StoreValueF16},
+    {avx2::PrepareQueryQ8, avx2::AddTileQ8, avx2::StoreKeyQ8, avx2::StoreValueQ8},
+    avx2::Merge,
+    avx2::Finish,
+};
 
 }  // namespace
 

@@ -1,4 +1,5 @@
-// The parts of AVX2's attention that AVX-512's uses too; AttentionTable's members of these names.
+// The parts of AVX2's attention that have files of their own, and that AVX-512's uses too; members
+// of AttentionTable and KvKernels of these names.
 #pragma once
 
 #include "engine/kernels/attention_table.h"
@@ -6,10 +7,16 @@
 namespace potluck {
 namespace avx2 {
 
+void AddTileQ8(const KvTile& tile, size_t head_dim, const TileRows& rows, float* scratch);
+
+// Of single rows.
 void Merge(const float* from, size_t head_dim, float* into);
 void Finish(const float* state, size_t head_dim, float* out);
-bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section);
-bool StoreValue(const float* value, size_t head_dim, size_t slot, uint16_t* section);
+bool StoreKeyF16(const float* key, size_t head_dim, size_t slot, uint8_t* section);
+bool StoreValueF16(const float* value, size_t head_dim, size_t slot, uint8_t* section);
+void PrepareQueryQ8(const float* q, size_t head_dim, void* out);
+bool StoreKeyQ8(const float* key, size_t head_dim, size_t slot, uint8_t* section);
+bool StoreValueQ8(const float* value, size_t head_dim, size_t slot, uint8_t* section);
 
 }  // namespace avx2
 }  // namespace potluck

@@ -54,7 +54,8 @@ void Finish(const float* state, size_t head_dim, float* out) {
   for (; d < head_dim; ++d) out[d] = state[d] / l;
 }
 
-bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section) {
+bool StoreKeyF16(const float* key, size_t head_dim, size_t slot, uint8_t* section) {
+  auto* const out = reinterpret_cast<uint16_t*>(section) + slot;
   bool finite = true;
   size_t d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
@@ -62,20 +63,20 @@ bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section)
     const __m128i narrow = Narrow(Load(key + d));
     finite &= IsFinite(narrow);
     _mm_store_si128(reinterpret_cast<__m128i*>(halves), narrow);
-    for (size_t i = 0; i < kLanes; ++i) section[(d + i) * kPagePositions + slot] = halves[i];
+    for (size_t i = 0; i < kLanes; ++i) out[(d + i) * kPagePositions] = halves[i];
   }
   for (; d < head_dim; ++d) {
     const __m128i narrow = Narrow(_mm256_castps128_ps256(_mm_load_ss(key + d)));
     const auto half = static_cast<uint16_t>(_mm_extract_epi16(narrow, 0));
     finite &= (half & 0x7c00) != 0x7c00;
-    section[d * kPagePositions + slot] = half;
+    out[d * kPagePositions] = half;
   }
   return finite;
 }
 
-bool StoreValue(const float* value, size_t head_dim, size_t slot, uint16_t* section) {
+bool StoreValueF16(const float* value, size_t head_dim, size_t slot, uint8_t* section) {
   bool finite = true;
-  uint16_t* const out = section + (kPagePositions + slot) * head_dim;
+  auto* const out = reinterpret_cast<uint16_t*>(section) + (kPagePositions + slot) * head_dim;
   size_t d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
     const __m128i narrow = Narrow(Load(value + d));

@@ -3,38 +3,37 @@
 // Query rows are taken six at a time against 64 positions or dimensions: 24 sums, 4 vectors that
 // pass by and a broadcast in 32 registers, so that a load serves four fma or more. More than six
 // rows share a tile widened to f32 once; its keys, then its values, stay in the first cache.
+#include "engine/kernels/avx512vnni_attention.h"
+
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/kernels/attention_f16.h"
 #include "engine/kernels/attention_rows.h"
 #include "engine/kernels/attention_table.h"
 #include "engine/kernels/avx2_attention.h"
-#include "engine/kernels/avx512_exp.h"
+#include "engine/kernels/avx512_weigh.h"
 
 namespace potluck {
 namespace {
 
-constexpr size_t kLanes = 16;
-constexpr size_t kVectors = kTilePositions / kLanes;
 static_assert(kPagePositions == kLanes, "a vector holds one dimension of a page's keys");
 
 inline __m512 Widen(const uint16_t* halves) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
 }
 
-// The lanes below count.
-inline __mmask16 MaskOf(size_t count) {
-  return static_cast<__mmask16>(count >= kLanes ? 0xffffu : (1u << count) - 1);
-}
-
 // Where a tile's keys and values are: in their pages as f16, ...
 struct Halves {
   const KvTile& tile;
   size_t head_dim;
-  __m512 Key(size_t d, size_t v) const { return Widen(tile.sections[v] + d * kPagePositions); }
+  __m512 Key(size_t d, size_t v) const {
+    return Widen(HalvesOf(tile.sections[v]) + d * kPagePositions);
+  }
   const uint16_t* ValueAt(size_t j) const {
-    return tile.sections[j / kPagePositions] + (kPagePositions + j % kPagePositions) * head_dim;
+    return HalvesOf(tile.sections[j / kPagePositions]) +
+           (kPagePositions + j % kPagePositions) * head_dim;
   }
   static __m512 Load(const uint16_t* at) { return Widen(at); }
   static __m512 Load(const uint16_t* at, __mmask16 mask) {
@@ -59,7 +58,7 @@ void WidenKeys(const KvTile& tile, size_t head_dim, float* wide) {
   for (size_t d = 0; d < head_dim; ++d) {
     for (size_t p = 0; p < kTilePages; ++p) {
       _mm512_store_ps(wide + d * kTilePositions + p * kLanes,
-                      Widen(tile.sections[p] + d * kPagePositions));
+                      Widen(HalvesOf(tile.sections[p]) + d * kPagePositions));
     }
   }
 }
@@ -67,7 +66,7 @@ void WidenKeys(const KvTile& tile, size_t head_dim, float* wide) {
 // A page's values lie one after another.
 void WidenValues(const KvTile& tile, size_t head_dim, size_t n, float* wide) {
   for (size_t p = 0; p * kPagePositions < n; ++p) {
-    const uint16_t* const values = tile.sections[p] + kPagePositions * head_dim;
+    const uint16_t* const values = HalvesOf(tile.sections[p]) + kPagePositions * head_dim;
     for (size_t i = 0; i < kPagePositions * head_dim; i += kLanes) {
       _mm512_storeu_ps(wide + p * kPagePositions * head_dim + i, Widen(values + i));
     }
@@ -76,10 +75,12 @@ void WidenValues(const KvTile& tile, size_t head_dim, size_t n, float* wide) {
 
 // Scores of `Rows` query rows with all positions: scores is [Rows][64].
 template <size_t Rows, class Source>
-void Score(const Source& source, bool fetches, const float* const* q, float* scores) {
+void Score(const Source& source, bool fetches, const void* const* q, float* scores) {
+  const float* row[Rows];
   __m512 sums[Rows][kVectors];
 #pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
+    row[r] = static_cast<const float*>(q[r]);
 #pragma GCC unroll 8
     for (size_t v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
   }
@@ -90,7 +91,7 @@ void Score(const Source& source, bool fetches, const float* const* q, float* sco
     for (size_t v = 0; v < kVectors; ++v) key[v] = source.Key(d, v);
 #pragma GCC unroll 8
     for (size_t r = 0; r < Rows; ++r) {
-      const __m512 factor = _mm512_set1_ps(q[r][d]);
+      const __m512 factor = _mm512_set1_ps(row[r][d]);
 #pragma GCC unroll 8
       for (size_t v = 0; v < kVectors; ++v) {
         sums[r][v] = _mm512_fmadd_ps(factor, key[v], sums[r][v]);
@@ -104,60 +105,6 @@ void Score(const Source& source, bool fetches, const float* const* q, float* sco
       _mm512_store_ps(scores + r * kTilePositions + v * kLanes, sums[r][v]);
     }
   }
-}
-
-inline float LargestOf(__m512 lanes) {
-  const __m256 eight =
-      _mm256_max_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
-inline float Tree(__m256 lanes) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
-inline float ExpOf(float x) { return _mm512_cvtss_f32(Exp16(_mm512_set1_ps(x))); }
-
-void Scale(float factor, size_t head_dim, float* o) {
-  for (size_t d = 0; d < head_dim; d += kLanes) {
-    const __mmask16 mask = MaskOf(head_dim - d);
-    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, o + d), _mm512_set1_ps(factor));
-    _mm512_mask_storeu_ps(o + d, mask, scaled);
-  }
-}
-
-// Scores become weights. Lanes at or above n may hold anything: they count as -infinity and get the
-// weight 0, which changes no sum (a lane's sum is never -0).
-void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
-  __m512 score[kVectors];
-  for (size_t v = 0; v < kVectors; ++v) {
-    const __mmask16 seen = n > v * kLanes ? MaskOf(n - v * kLanes) : __mmask16{0};
-    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-    score[v] = _mm512_mask_load_ps(lowest, seen, scores + v * kLanes);
-  }
-  const float tile_largest = LargestOf(
-      _mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
-  float m = state[head_dim];
-  float l = state[head_dim + 1];
-  if (tile_largest > m) {
-    const float factor = ExpOf(m - tile_largest);
-    Scale(factor, head_dim, state);
-    l = l * factor;
-    m = tile_largest;
-  }
-  __m256 sums = _mm256_setzero_ps();
-  for (size_t v = 0; v < kVectors; ++v) {
-    const __m512 weights = Exp16(_mm512_sub_ps(score[v], _mm512_set1_ps(m)));
-    _mm512_store_ps(scores + v * kLanes, weights);
-    sums = _mm256_add_ps(sums, _mm512_castps512_ps256(weights));
-    sums = _mm256_add_ps(sums, _mm512_extractf32x8_ps(weights, 1));
-  }
-  state[head_dim] = m;
-  state[head_dim + 1] = l + Tree(sums);
 }
 
 // Adds the weighted values of positions [start, stop) to dimensions [d, d + 16 * Vectors) of Rows
@@ -273,8 +220,12 @@ void AddTile(const KvTile& tile, size_t head_dim, const TileRows& rows, float* s
   MixAll(source, rows, scores);
 }
 
-constexpr AttentionTable kTable = {AddTile, avx2::Merge, avx2::Finish, avx2::StoreKey,
-                                   avx2::StoreValue};
+constexpr AttentionTable kTable = {
+    {nullptr, AddTile, avx2::StoreKeyF16, avx2::StoreValueF16},
+    {avx2::PrepareQueryQ8, avx512vnni::AddTileQ8, avx2::StoreKeyQ8, avx2::StoreValueQ8},
+    avx2::Merge,
+    avx2::Finish,
+};
 
 }  // namespace
 

@@ -10,8 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/kernels/attention_f16.h"
 #include "engine/kernels/attention_rows.h"
-#include "engine/kernels/neon_exp.h"
+#include "engine/kernels/neon_weigh.h"
 
 namespace potluck {
 namespace {
@@ -19,11 +20,9 @@ namespace {
 // Keeps loads from moving across: gcc otherwise loads all that passes by first and spills sums.
 #define POTLUCK_ORDER_LOADS() asm volatile("" ::: "memory")
 
-constexpr size_t kLanes = 4;
 constexpr size_t kSlice = kPagePositions;  // positions or dimensions of a slice of a widened tile
 constexpr size_t kSliceVectors = kSlice / kLanes;
 
-inline float32x4_t Load(const float* x) { return vld1q_f32(x); }
 inline float32x4_t Load(const uint16_t* halves) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));
 }
@@ -32,9 +31,10 @@ inline float32x4_t Load(const uint16_t* halves) {
 struct Halves {
   const KvTile& tile;
   size_t head_dim;
-  const uint16_t* Keys(size_t page) const { return tile.sections[page]; }
+  const uint16_t* Keys(size_t page) const { return HalvesOf(tile.sections[page]); }
   const uint16_t* Value(size_t j, size_t d) const {
-    return tile.sections[j / kPagePositions] + (kPagePositions + j % kPagePositions) * head_dim + d;
+    return HalvesOf(tile.sections[j / kPagePositions]) +
+           (kPagePositions + j % kPagePositions) * head_dim + d;
   }
 };
 
@@ -54,7 +54,7 @@ void WidenKeys(const Floats& to) {
   for (size_t p = 0; p < kTilePages; ++p) {
     float* const keys = to.Keys(p);
     for (size_t i = 0; i < kPagePositions * to.head_dim; i += kLanes) {
-      vst1q_f32(keys + i, Load(to.tile.sections[p] + i));
+      vst1q_f32(keys + i, Load(HalvesOf(to.tile.sections[p]) + i));
     }
   }
 }
@@ -103,7 +103,7 @@ inline void AddProducts(const Factor& factor, const Value& value,
 
 // Scores of `Rows` query rows with positions [start, start + 4 * Vectors); scores is [Rows][64].
 template <size_t Rows, size_t Vectors, class Source>
-void Score(const Source& source, size_t start, bool fetches, const float* const* q, float* scores) {
+void Score(const Source& source, size_t start, bool fetches, const void* const* q, float* scores) {
   static_assert(Vectors % kSliceVectors == 0, "whole pages");
   constexpr size_t kPages = Vectors / kSliceVectors;
   float32x4_t sums[Rows][Vectors];
@@ -113,7 +113,7 @@ void Score(const Source& source, size_t start, bool fetches, const float* const*
   for (size_t i = 0; i < kPages; ++i) keys[i] = source.Keys(start / kPagePositions + i);
 #pragma GCC unroll 8
   for (size_t r = 0; r < Rows; ++r) {
-    row[r] = q[r];
+    row[r] = static_cast<const float*>(q[r]);
 #pragma GCC unroll 16
     for (size_t v = 0; v < Vectors; ++v) sums[r][v] = vdupq_n_f32(0.0f);
   }
@@ -132,48 +132,6 @@ void Score(const Source& source, size_t start, bool fetches, const float* const*
       vst1q_f32(scores + r * kTilePositions + start + v * kLanes, sums[r][v]);
     }
   }
-}
-
-void Scale(float factor, size_t head_dim, float* o) {
-  size_t d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) {
-    vst1q_f32(o + d, vmulq_n_f32(vld1q_f32(o + d), factor));
-  }
-  for (; d < head_dim; ++d) o[d] = o[d] * factor;
-}
-
-// Scores become weights. Lanes at or above n may hold anything: they count as -infinity and get the
-// weight 0, which changes no sum (a lane's sum is never -0).
-void Weigh(size_t head_dim, size_t n, float* scores, float* state) {
-  const size_t n_lanes = (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);  // of the canonical 8
-  for (size_t j = n; j < n_lanes; ++j) scores[j] = -__builtin_inff();
-  float32x4_t largest = vld1q_f32(scores);
-  for (size_t j = kLanes; j < n_lanes; j += kLanes) {
-    largest = vmaxq_f32(largest, vld1q_f32(scores + j));
-  }
-  const float tile_largest = vmaxvq_f32(largest);
-  float m = state[head_dim];
-  float l = state[head_dim + 1];
-  if (tile_largest > m) {
-    const float factor = vgetq_lane_f32(ExpBelow0(vdupq_n_f32(m - tile_largest)), 0);
-    Scale(factor, head_dim, state);
-    l = l * factor;
-    m = tile_largest;
-  }
-  const float32x4_t shift = vdupq_n_f32(m);
-  float32x4_t low = vdupq_n_f32(0.0f), high = low;
-  for (size_t j = 0; j < n_lanes; j += 2 * kLanes) {
-    const float32x4_t a = ExpBelow0(vsubq_f32(vld1q_f32(scores + j), shift));
-    const float32x4_t b = ExpBelow0(vsubq_f32(vld1q_f32(scores + j + kLanes), shift));
-    vst1q_f32(scores + j, a);
-    vst1q_f32(scores + j + kLanes, b);
-    low = vaddq_f32(low, a);
-    high = vaddq_f32(high, b);
-  }
-  const float32x4_t four = vaddq_f32(low, high);
-  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-  state[head_dim] = m;
-  state[head_dim + 1] = l + (vget_lane_f32(two, 0) + vget_lane_f32(two, 1));
 }
 
 // Adds the weighted values of positions [start, stop) to dimensions [d, d + 4 * Vectors) of Rows
@@ -295,8 +253,12 @@ void AddTile(const KvTile& tile, size_t head_dim, const TileRows& rows, float* s
   }
 }
 
-constexpr AttentionTable kTable = {AddTile, neon::Merge, neon::Finish, neon::StoreKey,
-                                   neon::StoreValue};
+constexpr AttentionTable kTable = {
+    {nullptr, AddTile, neon::StoreKeyF16, neon::StoreValueF16},
+    {neon::PrepareQueryQ8, neon::AddTileQ8, neon::StoreKeyQ8, neon::StoreValueQ8},
+    neon::Merge,
+    neon::Finish,
+};
 
 }  // namespace
 

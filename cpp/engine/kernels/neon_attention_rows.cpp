@@ -60,20 +60,21 @@ void Finish(const float* state, size_t head_dim, float* out) {
   for (; d < head_dim; ++d) out[d] = state[d] / l;
 }
 
-bool StoreKey(const float* key, size_t head_dim, size_t slot, uint16_t* section) {
+bool StoreKeyF16(const float* key, size_t head_dim, size_t slot, uint8_t* section) {
   bool finite = true;
+  auto* const out = reinterpret_cast<uint16_t*>(section) + slot;
   for (size_t d = 0; d < head_dim; d += kLanes) {
     const size_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
     uint16_t halves[kLanes];
     finite &= Store(key + d, n, halves);
-    for (size_t i = 0; i < n; ++i) section[(d + i) * kPagePositions + slot] = halves[i];
+    for (size_t i = 0; i < n; ++i) out[(d + i) * kPagePositions] = halves[i];
   }
   return finite;
 }
 
-bool StoreValue(const float* value, size_t head_dim, size_t slot, uint16_t* section) {
+bool StoreValueF16(const float* value, size_t head_dim, size_t slot, uint8_t* section) {
   bool finite = true;
-  uint16_t* const out = section + (kPagePositions + slot) * head_dim;
+  auto* const out = reinterpret_cast<uint16_t*>(section) + (kPagePositions + slot) * head_dim;
   for (size_t d = 0; d < head_dim; d += kLanes) {
     const size_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
     uint16_t halves[kLanes];
