@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def serve(settings: Settings) -> None:
     """Opens the model and the doors, announces them, and serves until told to stop."""
     told = _listen(settings)
-    model = await asyncio.to_thread(open_model, settings.model, settings.context_tokens)
+    model = await asyncio.to_thread(
+        open_model, settings.model, settings.context_tokens, settings.kv_type
+    )
     engine = Engine(model, settings, open_pipeline)
     conversations = Conversations(model.tokenizer, model.name, settings.chat_template)
     async with (

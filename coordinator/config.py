@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from potluck import __version__
 from potluck.errors import UsageError
+from potluck.model import KvType
 from potluck.rpc import PROTOCOL, options
 
 DEFAULT_CONTEXT_TOKENS = 4096  # or the model's own, if that is shorter
@@ -28,6 +29,7 @@ class Settings:
     prefill_chunk: int = 64
     max_sessions: int = 8
     queue: int = 32
+    kv_type: KvType = KvType.F16
     chat_template: str = ""  # name of a built-in one; empty: the model's own
     stop_with_stdin: bool = False
     log_level: str = "info"
@@ -78,6 +80,8 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--prefill-chunk", type=int, default=Settings.prefill_chunk, help="prompt tokens of a step")
     add("--max-sessions", type=int, default=Settings.max_sessions, help="answers at the same time")
     add("--queue", type=int, default=Settings.queue, help="requests that may wait for a place")
+    names = [kv_type.value for kv_type in KvType]
+    add("--kv-type", choices=names, default="f16", help="how keys and values are kept")
     add("--chat-template", metavar="NAME", default="", help="instead of the model's own")
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -94,6 +98,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         prefill_chunk=given.prefill_chunk,
         max_sessions=given.max_sessions,
         queue=given.queue,
+        kv_type=KvType(given.kv_type),
         chat_template=given.chat_template,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,

@@ -134,6 +134,7 @@ class Engine:
             model=model.reference,
             context_tokens=model.context_tokens,
             max_sessions=settings.max_sessions,
+            kv_type=settings.kv_type,
             addresses={worker.id: worker.address for worker in workers},
             fleet_address=self.fleet_address,
         )

@@ -17,6 +17,7 @@ import grpc.aio
 from coordinator import messages
 from coordinator.pipeline import Pipeline, connected, dial
 from potluck.errors import PlanError, PotluckError, StageLost, Unreachable
+from potluck.model import KvType
 from potluck.plan import Plan, Stage, WorkerId
 from potluck.rpc import options
 from potluck.rpc.calls import finished
@@ -47,6 +48,7 @@ class LoadOrder:
     model: types_pb2.ModelReference
     context_tokens: int
     max_sessions: int
+    kv_type: KvType
     addresses: Mapping[WorkerId, str]  # host:port of each worker of the plan
     fleet_address: str  # where the last stage sends results
 
@@ -138,7 +140,7 @@ def _request(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.LoadRequest:
         has_head=stage.has_head,
         context_tokens=order.context_tokens,
         kv_bytes=stage.kv_bytes,
-        kv_type=worker_pb2.KV_TYPE_F16,
+        kv_type=worker_pb2.KvType.Value(f"KV_TYPE_{order.kv_type.name}"),
         wire=types_pb2.ACTIVATION_TYPE_F32,
         next=_next(plan, order, i),
         max_sessions=order.max_sessions,

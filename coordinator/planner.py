@@ -17,7 +17,7 @@ from itertools import accumulate
 from potluck import model
 from potluck.errors import PlanError
 from potluck.gguf import GgufFile
-from potluck.model import KV_PAGE_TOKENS, ModelConfig
+from potluck.model import KV_PAGE_TOKENS, KvType, ModelConfig
 from potluck.plan import Plan, Span, Stage, WorkerInfo
 
 # Ends are tried among so many workers that have most memory or bandwidth: 132 orders of 80 layers
@@ -53,7 +53,9 @@ class ModelSizes:
         return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes
 
 
-def sizes_of(file: GgufFile, config: ModelConfig, step_tokens: int) -> ModelSizes:
+def sizes_of(
+    file: GgufFile, config: ModelConfig, step_tokens: int, kv_type: KvType = KvType.F16
+) -> ModelSizes:
     """Sizes of a model in its file's types; `step_tokens` is the most rows of one step.
 
     Scratch: a step's rows in f32, about six vectors of dim and two of ffn_dim each, and one row of
@@ -64,7 +66,7 @@ def sizes_of(file: GgufFile, config: ModelConfig, step_tokens: int) -> ModelSize
         layer_bytes=tuple(model.layer_bytes(file, config, i) for i in range(config.n_layers)),
         embedding_bytes=model.embedding_bytes(file, config),
         head_bytes=model.head_bytes(file, config),
-        kv_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1)),
+        kv_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1), kv_type),
         scratch_bytes=4 * (step_tokens * row_values + config.vocab),
     )
 

@@ -33,6 +33,8 @@ def status_of(engine: Engine) -> inference_pb2.StatusReply:
         protocol=PROTOCOL,
         context_tokens=engine.model.context_tokens,
         expected_workers=engine.settings.workers,
+        kv_type=engine.settings.kv_type.value,
+        kv_bytes_per_token=engine.model.sizes.kv_layer_bytes * engine.model.sizes.n_layers,
     )
 
 

@@ -12,7 +12,7 @@ from coordinator.planner import ModelSizes, sizes_of
 from coordinator.scheduler import rows_that_fit
 from potluck import catalogue, gguf, tokenizer
 from potluck.errors import UsageError
-from potluck.model import ModelConfig, config_of
+from potluck.model import KvType, ModelConfig, config_of
 from potluck.rpc import options
 from potluck.rpc.v1 import types_pb2
 from potluck.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class ServedModel:
     step_tokens: int  # most rows of a step: the limit, and what a message holds
 
 
-def open_model(model: str, context_tokens: int) -> ServedModel:
+def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) -> ServedModel:
     """Opens a path or a catalogue name; `context_tokens` 0: the default, or the model's if shorter.
 
     Raises UnknownModel, ModelError, UsageError (a context longer than the model's).
@@ -56,7 +56,7 @@ def open_model(model: str, context_tokens: int) -> ServedModel:
             header_sha256=file.header_sha256,
         ),
         config=config,
-        sizes=sizes_of(file, config, step_tokens),
+        sizes=sizes_of(file, config, step_tokens, kv_type),
         tokenizer=tokenizer.load(file),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.context_tokens),
         step_tokens=step_tokens,

@@ -50,11 +50,16 @@ class KvType(Enum):
     """How the KV is kept; an option of the plan, never of one worker."""
 
     F16 = "f16"
+    Q8 = "q8"  # a byte a value, and a scale for each key and each value of a head
 
-    @property
-    def size_bytes(self) -> int:
-        """Of one value."""
-        return 2
+    def head_bytes(self, head_dim: int) -> int:
+        """Of one position's key, or value, of one KV head.
+
+        head_dim 128: 256 (F16), 132 (Q8).
+        """
+        if self is KvType.F16:
+            return 2 * head_dim
+        return (head_dim + 3) // 4 * 4 + 4  # the codes lie in fours
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +155,11 @@ def head_bytes(file: GgufFile, config: ModelConfig) -> int:
 def kv_bytes_per_token(config: ModelConfig, span: Span, kv_type: KvType = KvType.F16) -> int:
     """Bytes that one position of one session takes in the KV of `span`.
 
-    2 (keys, values) * layers of the span * n_kv_heads * head_dim * bytes of one `kv_type` value.
-    LLaMA-7B, all 32 layers, f16: 524,288. Raises PlanError if `span` ends beyond the model.
+    2 (keys, values) * layers of the span * n_kv_heads * KvType.head_bytes. LLaMA-7B, all 32 layers:
+    524,288 (f16), 270,336 (q8). Raises PlanError if `span` ends beyond the model.
     """
     _check_span(config, span)
-    return 2 * span.n_layers * config.n_kv_heads * config.head_dim * kv_type.size_bytes
+    return 2 * span.n_layers * config.n_kv_heads * kv_type.head_bytes(config.head_dim)
 
 
 def _check_metadata(file: GgufFile, architecture: str) -> None:

@@ -196,6 +196,8 @@ class ServiceReport:
     protocol: int
     context_tokens: int
     expected_workers: int
+    kv_type: str  # f16 or q8
+    kv_bytes_per_token: int  # of one position of one session, all layers
     figures: FiguresReport = field(default_factory=FiguresReport)
 
     @property

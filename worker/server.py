@@ -21,6 +21,7 @@ import grpc.aio
 
 from potluck import __version__, engine, wire
 from potluck.errors import Cancelled, PotluckError, StepError, UsageError
+from potluck.model import KvType
 from potluck.packs import PackFolder
 from potluck.plan import Span
 from potluck.rpc import PROTOCOL, options, status
@@ -400,6 +401,12 @@ def _check_port(host: str, port: int) -> None:
         raise PotluckError(f"port {port} on {host}: {reason}", remedy=remedy) from e
 
 
+_KV_TYPES: dict[int, KvType] = {
+    worker_pb2.KV_TYPE_F16: KvType.F16,
+    worker_pb2.KV_TYPE_Q8: KvType.Q8,
+}
+
+
 def _order_of(request: worker_pb2.LoadRequest) -> Order:
     """Raises UsageError: a field that no plan has. worker/shard.py checks it against the model."""
     _check_hello(request.hello)
@@ -407,8 +414,8 @@ def _order_of(request: worker_pb2.LoadRequest) -> Order:
         raise UsageError("epoch: counted from 1")
     if request.span.start >= request.span.stop:
         raise UsageError(f"span [{request.span.start}, {request.span.stop}) holds no layer")
-    if request.kv_type != worker_pb2.KV_TYPE_F16:
-        raise UsageError(f"kv_type {request.kv_type}: this version keeps f16 only")
+    if request.kv_type not in _KV_TYPES:
+        raise UsageError(f"kv_type {request.kv_type}: f16 or q8")
     if request.wire not in wire.TYPE_NAMES:
         raise UsageError(f"wire {request.wire}: f32, f16 or q8")
     if not request.next.address:
@@ -423,6 +430,7 @@ def _order_of(request: worker_pb2.LoadRequest) -> Order:
         context_tokens=request.context_tokens,
         kv_bytes=request.kv_bytes,
         max_sessions=request.max_sessions or DEFAULT_SESSIONS,
+        kv_type=_KV_TYPES[request.kv_type],
     )
 
 

@@ -59,6 +59,7 @@ class Order:
     context_tokens: int
     kv_bytes: int
     max_sessions: int
+    kv_type: KvType = KvType.F16
 
 
 @dataclass(slots=True)
@@ -133,7 +134,7 @@ class Shard:
         self.order = order
         self.config = config
         self.file = file
-        self.bytes_per_token = model.kv_bytes_per_token(config, order.span, KvType.F16)
+        self.bytes_per_token = model.kv_bytes_per_token(config, order.span, order.kv_type)
         self.tensors = model.span_tensors(
             file, config, order.span, embeds=order.embeds, has_head=order.has_head
         )
@@ -186,6 +187,7 @@ class Shard:
             has_head=order.has_head,
             kv_bytes=order.kv_bytes,
             max_sessions=order.max_sessions,
+            kv_type=order.kv_type.value,
         )
         if self._packs is None:
             self._read(shard, on_progress)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from potluck.cli import fetching, measuring, memory, quantities, reporting, terminal, values
 from potluck.errors import PlanError, UsageError
+from potluck.model import KvType
 
 if TYPE_CHECKING:
     from potluck.engine import Engine
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         test.add_argument(*names, type=kind, default=default, action=values.Several, help=text)
     parser.add_argument("-r", "--repetitions", type=values.whole(1, 1000), default=5, help="(5)")
+    parser.add_argument(
+        "--kv-type",
+        choices=[kv_type.value for kv_type in KvType],
+        default=KvType.F16.value,
+        help="how keys and values are kept (f16)",
+    )
     parser.add_argument("--isa", default="auto", metavar="NAME", help="kernels (POTLUCK_ISA)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-o", "--output", choices=reporting.STYLES, default="table", help="(table)")
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from potluck import engine as engines
     from potluck.cli import timing
 
-    subject = timing.subject_of(path)
+    subject = timing.subject_of(path, KvType(args.kv_type))
     subject.check_context(tests)
     _check_memory(subject, tests)
     makers = [engines.Engine(threads, args.isa) for threads in dict.fromkeys(args.threads)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from potluck.errors import UsageError
 from potluck.gguf import TensorInfo
-from potluck.model import EMBEDDING, KV_PAGE_TOKENS, ModelConfig, kv_bytes_per_token
+from potluck.model import EMBEDDING, KV_PAGE_TOKENS, KvType, ModelConfig, kv_bytes_per_token
 from potluck.plan import Span
 
 CHUNK_ROWS = 512  # rows of a prompt in one step; llama-bench's n_ubatch is the same by default
@@ -103,11 +103,12 @@ def rooms(tests: Iterable[Test]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The whole model that is measured: what its file says."""
+    """The whole model that is measured: what its file says, and how its KV is kept."""
 
     path: Path
     config: ModelConfig
     tensors: tuple[TensorInfo, ...]
+    kv_type: KvType = KvType.F16
 
     @property
     def weight_bytes(self) -> int:
@@ -149,7 +150,7 @@ class Subject:
     @property
     def kv_bytes_per_token(self) -> int:
         """Of one position in all layers."""
-        return kv_bytes_per_token(self.config, Span(0, self.config.n_layers))
+        return kv_bytes_per_token(self.config, Span(0, self.config.n_layers), self.kv_type)
 
     def kv_bytes(self, tests: Iterable[Test]) -> int:
         """Of whole pages for the sessions of all tests."""

@@ -71,8 +71,8 @@ def fields_of(subject: Subject, m: Measured, cpu: str) -> dict[str, object]:
         "n_batch": rows_a_step,
         "n_ubatch": rows_a_step,
         "n_threads": m.n_threads,
-        "type_k": "f16",
-        "type_v": "f16",
+        "type_k": subject.kv_type.value,
+        "type_v": subject.kv_type.value,
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
         "n_depth": test.n_depth,
@@ -114,7 +114,7 @@ def _write_table(subject: Subject, measured: Iterable[Measured], cpu: str) -> No
                 f"{m.gmac_per_second(subject):.1f}",
             )
         )
-    title = f"Memory reads {quantities.size(best)}/s on {cpu}"
+    title = f"Memory reads {quantities.size(best)}/s on {cpu}, KV {subject.kv_type.value}"
     right = frozenset((columns[2], *columns[4:]))
     terminal.print_tables([terminal.Table(columns, tuple(rows), right, title)])
 
@@ -125,7 +125,7 @@ def _write_markdown(subject: Subject, measured: Iterable[Measured], cpu: str) ->
         rates = m.tokens_per_second
         rate = f"{statistics.mean(rates):.2f} ± {deviation(rates):.2f}"
         print(f"| {' | '.join((*_what(subject, m), rate))} |", flush=True)
-    print(f"\n{cpu}, potluck {__version__}")
+    print(f"\n{cpu}, KV {subject.kv_type.value}, potluck {__version__}")
 
 
 def _write_json(subject: Subject, measured: Iterable[Measured], cpu: str) -> None:

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue", type=values.whole(0), metavar="N", help="requests that may wait (default 32)"
     )
     parser.add_argument(
+        "--kv-type",
+        choices=("f16", "q8"),
+        help="how keys and values are kept: f16 (default), or q8 in about half the memory",
+    )
+    parser.add_argument(
         "--chat-template",
         metavar="NAME",
         help="instead of the model's own: alpaca, chatml, llama-2, llama-3, mistral, vicuna",
@@ -83,7 +88,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
     """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
     is_name = "/" not in args.model and not Path(args.model).exists()
     names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
-    names += ["queue", "chat_template", "log_level"]
+    names += ["queue", "kv_type", "chat_template", "log_level"]
     if args.local_workers:
         args.grpc_port = args.grpc_port or 0
         args.fleet_port = args.fleet_port or 0

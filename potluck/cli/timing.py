@@ -18,7 +18,7 @@ import numpy.typing as npt
 from potluck import engine as engines
 from potluck import gguf
 from potluck.cli.measuring import CHUNK_ROWS, Subject, Test, rooms
-from potluck.model import config_of, span_tensors
+from potluck.model import KvType, config_of, span_tensors
 from potluck.plan import Span
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 SEED = 1
 
 
-def subject_of(path: Path) -> Subject:
+def subject_of(path: Path, kv_type: KvType = KvType.F16) -> Subject:
     """The model in a file. Raises ModelError."""
     file = gguf.read(path)
     config = config_of(file)
     tensors = span_tensors(file, config, Span(0, config.n_layers), embeds=True, has_head=True)
-    return Subject(path, config, tuple(tensors))
+    return Subject(path, config, tuple(tensors), kv_type)
 
 
 class Loaded:
@@ -57,6 +57,7 @@ class Loaded:
             embeds=True,
             has_head=True,
             kv_bytes=subject.kv_bytes(tests),
+            kv_type=subject.kv_type.value,
         )
         engines.load(self._shard, gguf.read(subject.path), subject.tensors, on_progress)
         needed = rooms(tests)

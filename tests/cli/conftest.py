@@ -129,6 +129,8 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
             figures=inference_pb2.Figures(answer_tokens=5, tokens_per_second=12.5),
             context_tokens=self.context_tokens,
             expected_workers=1,
+            kv_type="f16",
+            kv_bytes_per_token=23_040,
         )
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from potluck import testing
 from potluck.cli import command_line as cli
-from potluck.cli import measuring, memory
+from potluck.cli import measuring, memory, timing
 from potluck.errors import UsageError
+from potluck.model import KvType
 
 # What llama-bench prints with `-o json`, in its order: get_fields() and the samples.
 LLAMA_BENCH = [
@@ -158,6 +159,17 @@ def test_the_figures_follow_from_the_samples(
     assert 0.5 * row["model_size"] < read / 4 <= row["model_size"]
 
 
+def test_keys_and_values_in_bytes_are_measured_and_counted(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["-p", "0", "-n", "4", "-r", "1", "--kv-type", "q8"]
+    (row,) = bench(model, *options, capsys=capsys)
+    assert (row["type_k"], row["type_v"]) == ("q8", "q8")
+    kv = 10 * 2 * 2 * 2 * (16 + 4)
+    subject = timing.subject_of(model, KvType.Q8)
+    assert subject.bytes_read(measuring.Test.named("tg4")) == 4 * subject.weight_bytes + kv
+
+
 def test_all_tokens_of_all_sessions_count(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["-p", "0", "-n", "0", "-pg", "6,2", "-b", "4", "-d", "8", "-r", "1"]
     _, four = bench(model, *options, capsys=capsys)
@@ -210,6 +222,7 @@ def test_people_get_a_table(output: str, model: Path, capsys: pytest.CaptureFixt
         (["-r", "0"], "-r/--repetitions: 1 to 1000, not 0"),
         (["-pg", "512"], "two numbers such as 512,128, not '512'"),
         (["-o", "xml"], "invalid choice: 'xml'"),
+        (["--kv-type", "q4"], "--kv-type: invalid choice: 'q4'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(

@@ -85,6 +85,8 @@ class Service(inference_pb2_grpc.InferenceServicer):
             model="tiny",
             state="serving" if len(living) >= wanted else "waiting",
             expected_workers=wanted,
+            kv_type="f16",
+            kv_bytes_per_token=23_040,
             plan=[inference_pb2.StageStatus(worker=w) for w in living],
             workers=[inference_pb2.WorkerStatus(id=w) for w in living],
         )

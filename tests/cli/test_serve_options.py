@@ -19,6 +19,7 @@ def test_every_option_of_the_service_reaches_the_coordinator() -> None:
     given = (
         *("--grpc-port", "1", "--fleet-port", "2", "--context", "3", "--prefill-chunk", "4"),
         *("--max-sessions", "5", "--queue", "6", "--chat-template", "alpaca"),
+        *("--kv-type", "q8"),
         *("--log-level", "debug", "--host", "127.0.0.1"),
     )
     passed = settings(*given).coordinator_options

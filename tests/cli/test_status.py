@@ -31,6 +31,7 @@ def test_json_has_the_promised_names(
     assert report["plan"][0]["span"] == [0, 11]
     assert report["workers"][0]["state"] == "ready"
     assert report["figures"]["tokens_per_second"] == 12.5
+    assert (report["kv_type"], report["kv_bytes_per_token"]) == ("f16", 23_040)
 
 
 def test_people_get_tables_of_stages_workers_and_links(
@@ -40,6 +41,7 @@ def test_people_get_tables_of_stages_workers_and_links(
     shown = capsys.readouterr().out
     assert f"tiny at {service.address}: serving, epoch 3" in shown
     assert "12.5 tokens/s" in shown
+    assert "KV f16" in shown
     assert "0-10    3.0 MiB     2.34" in shown
     assert "w1      ready  127.0.0.1:7690  avx2" in shown
     assert max(len(line) for line in shown.splitlines()) <= 100

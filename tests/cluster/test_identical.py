@@ -41,15 +41,22 @@ SEEDED = AnswerOptions(
     max_tokens=64, temperature=0.9, top_k=50, top_p=0.95, seed=7, logprobs=0, ignore_end=True
 )
 Bits = tuple[tuple[int, str], ...]
-RunAll = Callable[[int, int, int], tuple[list[Bits], list[Bits]]]
+RunAll = Callable[..., tuple[list[Bits], list[Bits]]]
 
 
 @pytest.fixture
 def run_all(start_cluster: Callable[..., object], smollm2: Path) -> RunAll:
-    def run(workers: int, threads: int, chunk: int) -> tuple[list[Bits], list[Bits]]:
+    def run(
+        workers: int, threads: int, chunk: int, kv_type: str = "f16"
+    ) -> tuple[list[Bits], list[Bits]]:
         from typing import Any  # the cluster's class lives in conftest
 
-        cluster: Any = start_cluster(smollm2, workers=workers, threads=threads, chunk=chunk)
+        options = ("--kv-type", kv_type)
+        cluster: Any = start_cluster(
+            smollm2, workers=workers, threads=threads, chunk=chunk, options=options
+        )
+        report = cluster.status()
+        assert (report.kv_type, report.kv_bytes_per_token) == (kv_type, KV_BYTES[kv_type])
         greedy = [a.bits for a in cluster.answers(PROMPTS, GREEDY)]
         seeded = [a.bits for a in cluster.answers(PROMPTS[:3], SEEDED)]
         cluster.stop()
@@ -58,6 +65,8 @@ def run_all(start_cluster: Callable[..., object], smollm2: Path) -> RunAll:
     return run
 
 
+# Of a position: keys and values of 30 layers, 3 heads of 64 each.
+KV_BYTES = {"f16": 2 * 30 * 3 * 64 * 2, "q8": 2 * 30 * 3 * (64 + 4)}
 REFERENCE: dict[str, tuple[list[Bits], list[Bits]]] = {}
 
 
@@ -76,3 +85,12 @@ def test_workers_threads_and_chunks_change_no_bit(
     if (workers, threads, chunk) == (1, 1, 512):
         return
     assert run_all(workers, threads, chunk) == REFERENCE["one worker, one thread"]
+
+
+def test_keys_and_values_in_bytes_change_no_bit_either(run_all: RunAll) -> None:
+    greedy, seeded = one = run_all(1, 1, 512, "q8")
+    assert len(set(greedy)) == len(PROMPTS), "prompts must give unlike answers"
+    assert seeded != greedy[:3], "sampling must differ from greedy"
+    for workers, threads, chunk in ((2, 1, 64), (2, 2, 7), (3, 2, 512)):
+        assert run_all(workers, threads, chunk, "q8") == one
+    assert run_all(1, 1, 512)[0] != greedy, "f16 must differ, or q8 was not used"

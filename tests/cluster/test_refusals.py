@@ -105,6 +105,12 @@ def test_a_port_in_use(smollm2: Path) -> None:
     refused(done, 1, port, "in use", "--grpc-port")
 
 
+def test_a_type_of_kv_that_there_is_not(smollm2: Path) -> None:
+    done = potluck("serve", str(smollm2), "--local-workers", "1", "--kv-type", "q4")
+    refused(done, 2, "--kv-type", "'q4'", "f16", "q8")
+    assert len(done.stderr.splitlines()) <= 2
+
+
 def test_a_port_out_of_range(smollm2: Path) -> None:
     done = potluck("serve", str(smollm2), "--local-workers", "1", "--grpc-port", "70000")
     refused(done, 2, "70000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -144,6 +145,8 @@ def test_sizes_come_from_the_file(tmp_path: Path) -> None:
     found = sizes_of(file, config, step_tokens=64)
     assert found.n_layers == 3
     assert found.kv_layer_bytes == 2 * config.n_kv_heads * config.head_dim * 2
+    q8 = sizes_of(file, config, 64, model.KvType.Q8)
+    assert q8 == replace(found, kv_layer_bytes=2 * config.n_kv_heads * (config.head_dim + 4))
     assert found.weight_bytes == sum(tensor.size_bytes for tensor in file.tensors.values())
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from potluck import engine
 from potluck.gguf import GgufFile
-from potluck.model import ModelConfig, kv_bytes_per_token, span_tensors
+from potluck.model import KvType, ModelConfig, kv_bytes_per_token, span_tensors
 from potluck.plan import Span
 
 F32 = NDArray[np.float32]
@@ -48,11 +48,16 @@ class Runner:
     machine: engine.Engine
 
     def logits(
-        self, file: GgufFile, config: ModelConfig, tokens: Sequence[int], chunk: int = 64
+        self,
+        file: GgufFile,
+        config: ModelConfig,
+        tokens: Sequence[int],
+        chunk: int = 64,
+        kv_type: KvType = KvType.F16,
     ) -> F32:
         """Logits [n, vocab] after each of n tokens, prefilled in chunks."""
         span = Span(0, config.n_layers)
-        shard = self._shard(file, config, span, len(tokens), has_ends=True)
+        shard = self._shard(file, config, span, len(tokens), has_ends=True, kv_type=kv_type)
         out = np.empty((len(tokens), config.vocab), dtype=np.float32)
         for at in range(0, len(tokens), chunk):
             ids = np.array(tokens[at : at + chunk], dtype=np.int32)
@@ -68,7 +73,14 @@ class Runner:
         return out
 
     def _shard(
-        self, file: GgufFile, config: ModelConfig, span: Span, n_tokens: int, *, has_ends: bool
+        self,
+        file: GgufFile,
+        config: ModelConfig,
+        span: Span,
+        n_tokens: int,
+        *,
+        has_ends: bool,
+        kv_type: KvType = KvType.F16,
     ) -> engine.Shard:
         shard = engine.Shard(
             self.machine,
@@ -77,7 +89,8 @@ class Runner:
             span.stop,
             embeds=has_ends,
             has_head=has_ends,
-            kv_bytes=kv_bytes_per_token(config, span) * (n_tokens + 64),
+            kv_bytes=kv_bytes_per_token(config, span, kv_type) * (n_tokens + 64),
+            kv_type=kv_type.value,
         )
         tensors = span_tensors(file, config, span, embeds=has_ends, has_head=has_ends)
         engine.load(shard, file, tensors, lambda _: None)

@@ -17,7 +17,7 @@ import pytest
 
 from potluck import blocks, engine, gguf
 from potluck.blocks import BY_NAME
-from potluck.model import WEIGHT_TYPES, config_of
+from potluck.model import WEIGHT_TYPES, KvType, config_of
 from potluck.testing import Oracle, TinyShape, dequantize, quantize, write_tiny
 from potluck.testing.oracle import rounded_to_int8
 
@@ -113,6 +113,22 @@ def test_many_layers_and_chunks_of_any_size_answer_like_the_oracle(
         comparison = compare(expected, runner.logits(file, config, TOKENS, chunk))
         assert comparison.nmse < (5e-6 if type_name == "f16" else 8e-3)
         assert comparison.signed_error < 5e-3
+
+
+@pytest.mark.parametrize("shape", [GROUPED, UNGROUPED, ODD], ids=lambda shape: f"{shape.dim}")
+def test_keys_and_values_in_bytes_answer_like_the_oracle(
+    tmp_path: Path, runner: Runner, compare: type[Comparison], shape: TinyShape
+) -> None:
+    """Weights of f32 leave no other error than that of the KV."""
+    file = gguf.read(write_tiny(tmp_path / "x.gguf", replace(shape, weight_type="f32")))
+    config = config_of(file)
+    expected = Oracle(file, config).logits(TOKENS)
+    found = [runner.logits(file, config, TOKENS, chunk, KvType.Q8) for chunk in (64, 7, 200)]
+    assert all(np.array_equal(found[0], other) for other in found)
+    exact = compare(expected, found[0])
+    assert 3e-5 < exact.nmse < 3e-4  # f16: 2.5e-7
+    assert exact.signed_error < 5e-5
+    assert exact.same_top > 0.97
 
 
 def test_a_wrong_rope_layout_is_far_outside_the_limits(

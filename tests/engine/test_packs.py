@@ -38,10 +38,14 @@ class Loader:
         self.n_layers = self.config.n_layers
 
     def empty(self, start: int, stop: int) -> tuple[engine.Shard, list[gguf.TensorInfo]]:
-        ends = {"embeds": start == 0, "has_head": stop == self.n_layers}
-        config = engine.config_for(self.config)
-        shard = engine.Shard(self.machine, config, start, stop, kv_bytes=2**20, **ends)
-        return shard, model.span_tensors(self.file, self.config, Span(start, stop), **ends)
+        embeds, has_head = start == 0, stop == self.n_layers
+        config, span = engine.config_for(self.config), Span(start, stop)
+        shard = engine.Shard(
+            self.machine, config, start, stop, embeds=embeds, has_head=has_head, kv_bytes=2**20
+        )
+        return shard, model.span_tensors(
+            self.file, self.config, span, embeds=embeds, has_head=has_head
+        )
 
     def in_memory(self) -> F32:
         shard, tensors = self.empty(0, self.n_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,9 @@ class Tiny:
     file: gguf.GgufFile
     config: model.ModelConfig
 
-    def empty(self, start: int = 0, stop: int = 2, threads: int = 2) -> engine.Shard:
+    def empty(
+        self, start: int = 0, stop: int = 2, threads: int = 2, kv_type: str = "f16"
+    ) -> engine.Shard:
         return engine.Shard(
             engine.Engine(threads),
             engine.config_for(self.config),
@@ -43,6 +46,7 @@ class Tiny:
             has_head=stop == self.config.n_layers,
             kv_bytes=KV_BYTES,
             max_sessions=4,
+            kv_type=kv_type,
         )
 
     def tensors(self, start: int = 0, stop: int = 2) -> list[gguf.TensorInfo]:
@@ -71,6 +75,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 IDS = np.arange(3, 10, dtype=np.int32)
+
+
+@pytest.mark.parametrize("kv_type", list(model.KvType))
+@pytest.mark.parametrize("head_dim", [16, 22])
+def test_python_and_the_engine_count_the_same_bytes_of_a_page(
+    tmp_path: Path, kv_type: model.KvType, head_dim: int
+) -> None:
+    shape = TinyShape("f32", n_heads=2, head_dim=head_dim)
+    file = gguf.read(write_tiny(tmp_path / "tiny.gguf", shape))
+    odd = Tiny(file, model.config_of(file))
+    page_bytes = model.KV_PAGE_TOKENS * model.kv_bytes_per_token(odd.config, Span(0, 2), kv_type)
+    assert odd.empty(kv_type=kv_type.value).kv_bytes == KV_BYTES // page_bytes * page_bytes
+
+
+@pytest.mark.parametrize("kv_type", ["q4", "", "Q8", "q8_0"])
+def test_another_type_of_kv_is_refused(tiny: Tiny, kv_type: str) -> None:
+    with pytest.raises(UsageError, match=f"kv_type {kv_type}: f16 or q8"):
+        tiny.empty(kv_type=kv_type)
 
 
 def test_a_step_fills_the_output_in_place(tiny: Tiny) -> None:

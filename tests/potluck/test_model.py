@@ -10,7 +10,7 @@ import pytest
 
 from potluck import gguf, model
 from potluck.errors import ModelError, PlanError
-from potluck.model import ModelConfig, config_of
+from potluck.model import KvType, ModelConfig, config_of
 from potluck.plan import Span
 from potluck.testing import Tensor, TinyShape, Typed, tiny_metadata, tiny_tensors, write_gguf
 from potluck.testing.writer import Metadata
@@ -262,6 +262,8 @@ def test_bytes_add_up_to_the_file_s(tmp_path: Path, *, tied: bool) -> None:
 def test_kv_bytes_follow_the_formula() -> None:
     assert model.kv_bytes_per_token(LLAMA_7B, Span(0, 32)) == 524_288
     assert model.kv_bytes_per_token(replace(LLAMA_7B, n_kv_heads=8), Span(3, 5)) == 8192
+    assert model.kv_bytes_per_token(LLAMA_7B, Span(0, 32), KvType.Q8) == 270_336
+    assert KvType.Q8.head_bytes(22) == 24 + 4  # codes lie in fours
 
 
 def test_a_span_beyond_the_model_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from potluck import engine
+from potluck import engine, gguf
+from potluck.model import KvType, config_of, kv_bytes_per_token
+from potluck.plan import Span
 from potluck.rpc.v1 import types_pb2, worker_pb2
 from potluck.testing import TinyShape, write_tiny
 from worker.probe import Memory, MemoryNow
@@ -44,6 +46,19 @@ async def test_progress_rises_to_the_whole_and_ends_with_what_is_loaded(
         assert [x.HasField("ready") for x in news[:-1]] == [False] * (len(news) - 1)
 
 
+async def test_bytes_for_keys_and_values_leave_room_for_more_positions(
+    rig: Callable[[int], Any],
+) -> None:
+    async with rig(1) as r:
+        news = await r.load_one(0, r.load_request(0, (0, 4), 1, kv_type=worker_pb2.KV_TYPE_Q8))
+        page_bytes = 16 * kv_bytes_per_token(config_of(gguf.read(r.model)), Span(0, 4), KvType.Q8)
+        assert news[-1].ready.kv_bytes == 2**20 // page_bytes * page_bytes
+        # The same layers in f16 are another shard: kept from the last plan they would be wrong.
+        news = await r.load_one(0, r.load_request(0, (0, 4), 2))
+        page_bytes = 16 * kv_bytes_per_token(config_of(gguf.read(r.model)), Span(0, 4))
+        assert news[-1].ready.kv_bytes == 2**20 // page_bytes * page_bytes
+
+
 @pytest.mark.parametrize(
     ("change", "code", "text"),
     [
@@ -54,7 +69,7 @@ async def test_progress_rises_to_the_whole_and_ends_with_what_is_loaded(
         ({"has_head": False}, INVALID, "only the last has the head"),
         ({"epoch": 0}, INVALID, "epoch"),
         ({"kv_type": 0}, INVALID, "kv_type"),
-        ({"kv_type": 2}, INVALID, "kv_type"),
+        ({"kv_type": 3}, INVALID, "kv_type 3: f16 or q8"),
         ({"wire": 0}, INVALID, "wire 0"),
         ({"wire": 77}, INVALID, "wire 77"),
         ({"next": worker_pb2.NextStage()}, INVALID, "next.address"),
