@@ -1,8 +1,9 @@
 """Alternates potluck and llama.cpp on the same files and prints ratios.
 
 Both sides are processes that hold the model and compute one at a time, taking turns; a round is
-one run of potluck and one of llama.cpp without and with flash attention. The ratio of a test is the
-median over its rounds, against the setting whose median is better. Needs a Python with
+one run of potluck and one of each setting of llama.cpp: without and with flash attention and, where
+potluck keeps its KV in q8, with that and its own q8. The ratio of a test is the median over its
+rounds, against the setting whose median is best. Needs a Python with
 llama-cpp-python in it (bench/README.md says how); potluck itself never does.
 """
 
@@ -28,9 +29,13 @@ import potluck
 from potluck import catalogue
 from potluck.cli import measuring, memory, quantities, timing
 from potluck.errors import PlanError, PotluckError
+from potluck.model import KvType
 
 HERE = Path(__file__).parent
 TESTS = ["pp512", "tg128", "pp512@d4096", "tg64@d4096", "tg32", "tg32x2", "tg32x4", "tg32x8"]
+# Of llama.cpp, as llama_side.py numbers them: flash attention, type of the KV. The last takes part
+# only where potluck keeps its KV in q8, too.
+SETTINGS = [(0, "f16"), (1, "f16"), (1, "q8_0")]
 REST_SECONDS = 0.05  # before a run, for the other side's threads to stop spinning
 
 
@@ -51,7 +56,9 @@ class Row:
     ratio_min: float
     ratio_max: float
     rounds: int
-    flash_attention: int  # of llama.cpp: the better one
+    kv_type: str  # potluck's
+    flash_attention: int  # of llama.cpp: the best setting
+    llama_kv_type: str
     read_gb_per_second: float
     potluck_of_bandwidth: float | None  # generation: bytes of weights and KV a second, over that
     potluck_over_one: float | None  # several sessions: all their tokens/s, over those of one
@@ -63,8 +70,9 @@ class Row:
     def __str__(self) -> str:
         threads = quantities.count(self.threads, "thread")
         flash = "on" if self.flash_attention else "off"
+        kv = f"  KV {self.kv_type} against {self.llama_kv_type}" if self.kv_type != "f16" else ""
         said = [
-            f"{self.model} ({self.type})  {threads}  {self.test:13}"
+            f"{self.model} ({self.type})  {threads}  {self.test:13}{kv}"
             f"  {self.ratio:.2f}x ({self.ratio_min:.2f} to {self.ratio_max:.2f})",
             f"{self.potluck_tps:.2f} against {self.llama_tps:.2f} t/s (flash attention {flash})",
         ]
@@ -78,20 +86,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """Seconds of each round: potluck's, and llama.cpp's without and with flash attention."""
+    """Seconds of each round: potluck's, and those of llama.cpp's SETTINGS."""
 
     ours: Sequence[float]
-    theirs: tuple[Sequence[float], Sequence[float]]
+    theirs: Sequence[Sequence[float]]
 
     @property
-    def flash(self) -> int:
-        """Whose median is better."""
-        return min((0, 1), key=lambda f: statistics.median(self.theirs[f]))
+    def best(self) -> int:
+        """The setting whose median is best."""
+        return min(range(len(self.theirs)), key=lambda s: statistics.median(self.theirs[s]))
 
     @property
     def ratios(self) -> list[float]:
         """How many times as fast as llama.cpp, each round; lowest first."""
-        pairs = zip(self.theirs[self.flash], self.ours, strict=True)
+        pairs = zip(self.theirs[self.best], self.ours, strict=True)
         return sorted(theirs / ours for theirs, ours in pairs)
 
 
@@ -150,18 +158,20 @@ class SideLost(Exception):
     """A side ended in the middle of a comparison; it has said why on stderr."""
 
 
-def rounds_of(test: measuring.Test, room: int, ours: Side, theirs: Side, n: int) -> Rounds:
+def rounds_of(
+    test: measuring.Test, room: int, ours: Side, theirs: Side, n: int, n_settings: int = 2
+) -> Rounds:
     """Runs a test n times on each; who begins changes from round to round."""
     ours.ask(do="open", test=test.name)
-    theirs.ask(do="open", room=room, **asdict(test))
-    seconds: dict[int | None, list[float]] = {None: [], 0: [], 1: []}
-    order: list[int | None] = [None, 0, 1]
+    theirs.ask(do="open", room=room, n_settings=n_settings, **asdict(test))
+    order: list[int | None] = [None, *range(n_settings)]
+    seconds: dict[int | None, list[float]] = {who: [] for who in order}
     for _ in range(n):
-        for flash in order:
-            run = ours.seconds() if flash is None else theirs.seconds(flash=flash)
-            seconds[flash].append(run)
+        for setting in order:
+            run = ours.seconds() if setting is None else theirs.seconds(setting=setting)
+            seconds[setting].append(run)
         order = [*order[1:], order[0]]
-    return Rounds(seconds[None], (seconds[0], seconds[1]))
+    return Rounds(seconds[None], [seconds[setting] for setting in range(n_settings)])
 
 
 def row_of(
@@ -174,7 +184,7 @@ def row_of(
 ) -> Row:
     """The line of a test. `one` is that of a single session with the same counts, if it ran."""
     ours = test.n_tokens / statistics.median(rounds.ours)
-    theirs = test.n_tokens / statistics.median(rounds.theirs[rounds.flash])
+    theirs = test.n_tokens / statistics.median(rounds.theirs[rounds.best])
     read = None if test.n_prompt else subject.bytes_read(test) / statistics.median(rounds.ours)
     return Row(
         test=test.name,
@@ -185,7 +195,9 @@ def row_of(
         ratio_min=round(rounds.ratios[0], 3),
         ratio_max=round(rounds.ratios[-1], 3),
         rounds=len(rounds.ours),
-        flash_attention=rounds.flash,
+        kv_type=subject.kv_type.value,
+        flash_attention=SETTINGS[rounds.best][0],
+        llama_kv_type=SETTINGS[rounds.best][1],
         read_gb_per_second=round(read_bandwidth / 1e9, 2),
         potluck_of_bandwidth=None if read is None else round(read / read_bandwidth, 3),
         potluck_over_one=None if one is None else round(ours / one.potluck_tps, 3),
@@ -200,10 +212,12 @@ def compare(
     """All tests of one file with one thread count. Raises SideLost."""
     common = [str(subject.path), "--threads", str(threads)]
     names = [test.name for test in tests]
+    own = ["--isa", args.isa, "--kv-type", args.kv_type]
+    n_settings = 3 if args.kv_type == "q8" else 2
     side = str(HERE / "potluck_side.py")
     llama_side = str(HERE / "llama_side.py")
     with (
-        Side([sys.executable, side, *common, "--isa", args.isa, "--tests", *names]) as ours,
+        Side([sys.executable, side, *common, *own, "--tests", *names]) as ours,
         Side([args.llama_python, llama_side, *common]) as theirs,
     ):
         about = {
@@ -220,7 +234,7 @@ def compare(
         for test in tests:
             room = max(t.room for t in tests if t.n_sessions == test.n_sessions)
             before = float(ours.ask(do="read")["bytes_per_second"])
-            rounds = rounds_of(test, room, ours, theirs, args.rounds)
+            rounds = rounds_of(test, room, ours, theirs, args.rounds, n_settings)
             bandwidth = max(before, float(ours.ask(do="read")["bytes_per_second"]))
             one = rows.get(replace(test, n_sessions=1).name) if test.n_sessions > 1 else None
             rows[test.name] = row_of(subject, test, rounds, bandwidth, one, about)
@@ -276,8 +290,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_memory(subject: measuring.Subject, tests: list[measuring.Test]) -> None:
-    """Both sides hold the weights and llama.cpp two KVs. Raises PlanError."""
-    needed = 2 * subject.size_bytes + 3 * subject.kv_bytes(tests)
+    """Both sides hold the weights and llama.cpp a KV of each setting. Raises PlanError."""
+    needed = 2 * subject.size_bytes + (1 + len(SETTINGS)) * subject.kv_bytes(tests)
     free = memory.share_bytes(1)
     if free is not None and needed > free:
         sides = f"both sides need {quantities.memory(needed)}, {quantities.memory(free)} are free"
@@ -295,6 +309,7 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, help=f"default: {' '.join(TESTS)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--isa", default="auto")
+    parser.add_argument("--kv-type", choices=["f16", "q8"], default="f16", help="potluck's (f16)")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     check(args)
@@ -302,7 +317,7 @@ def main() -> int:
     for name in args.models:
         try:
             tests = list(dict.fromkeys(measuring.Test.named(test) for test in args.tests))
-            subject = timing.subject_of(catalogue.resolve(name))
+            subject = timing.subject_of(catalogue.resolve(name), KvType(args.kv_type))
             subject.check_context(tests)
             check_memory(subject, tests)
             for threads in args.threads:

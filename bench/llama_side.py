@@ -1,9 +1,9 @@
 """The other side of bench/compare.py: llama.cpp through llama-cpp-python's C functions.
 
 Runs under the other environment's Python, without potluck. Reads orders as JSON lines and answers
-each with one. The model is loaded once; each number of sessions at once gets two contexts, without
-flash attention and with it. Each session has a KV stream of its own: on the 7B shape with four
-sessions that was as fast as one shared KV at depth 0 and 4 % faster after 512 positions.
+each with one. The model is loaded once; each number of sessions at once gets a context a setting.
+Each session has a KV stream of its own: on the 7B shape with four sessions that was as fast as one
+shared KV at depth 0 and 4 % faster after 512 positions.
 """
 
 import argparse
@@ -15,20 +15,27 @@ import time
 import llama_cpp
 import numpy as np
 
+# Flash attention, type of the KV.
+SETTINGS = [
+    (0, llama_cpp.GGML_TYPE_F16),
+    (1, llama_cpp.GGML_TYPE_F16),
+    (1, llama_cpp.GGML_TYPE_Q8_0),
+]
 CHUNK_ROWS = 512  # n_ubatch of llama-bench, and potluck's chunk
 
 
 class Context:
     """KV of some sessions and the way through the model."""
 
-    def __init__(self, model, threads: int, flash: int, n_sessions: int, room: int) -> None:
+    def __init__(self, model, threads: int, setting: int, n_sessions: int, room: int) -> None:
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = n_sessions
         params.n_ctx = n_sessions * -(-room // 256) * 256
         params.kv_unified = False
         params.n_batch = params.n_ubatch = CHUNK_ROWS
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = flash
+        params.flash_attn_type, kv_type = SETTINGS[setting]
+        params.type_k = params.type_v = kv_type
         self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise SystemExit(f"llama.cpp makes no context of {params.n_ctx} positions")
@@ -109,12 +116,13 @@ def serve(model, threads: int) -> None:
                 for context in contexts:
                     context.close()
                 made_for = (order["n_sessions"], order["room"])
-                contexts = [Context(model, threads, flash, *made_for) for flash in (0, 1)]
+                settings = range(order["n_settings"])
+                contexts = [Context(model, threads, s, *made_for) for s in settings]
             for context in contexts:
                 context.run({**test, "n_gen": min(test["n_gen"], 8)})  # warm-up
             answer()
         else:
-            answer(seconds=contexts[order["flash"]].run(test))
+            answer(seconds=contexts[order["setting"]].run(test))
 
 
 def answer(**fields: object) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from potluck import engine
 from potluck.cli import measuring, timing
 from potluck.errors import PotluckError
+from potluck.model import KvType
 
 READ_BYTES = 2**29  # of the bandwidth; far beyond every last cache
 READ_ROUNDS = 5
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--isa", default="auto")
+    parser.add_argument("--kv-type", default="f16")
     parser.add_argument("--tests", nargs="+", required=True)
     args = parser.parse_args()
     try:
@@ -39,7 +41,7 @@ def serve(args: argparse.Namespace) -> None:
     """Loads, then answers until the input ends."""
     tests = [measuring.Test.named(name) for name in args.tests]
     machine = engine.Engine(args.threads, args.isa)
-    subject = timing.subject_of(args.model)
+    subject = timing.subject_of(args.model, KvType(args.kv_type))
     loaded = timing.Loaded(subject, machine, tests, lambda _: None)
     answer(isa=machine.isa)
     test = tests[0]

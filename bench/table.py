@@ -42,17 +42,29 @@ def table(found: Sequence[Row]) -> str:
 
 
 def _lines(found: Sequence[Row]) -> Iterable[str]:
-    newest = {(row["model"], row["type"], row["test"], int(row["threads"])): row for row in found}
+    newest = {
+        (
+            row["model"],
+            row["type"],
+            row.get("kv_type", "f16"),
+            row["test"],
+            int(row["threads"]),
+        ): row
+        for row in found
+    }
     counts = sorted({threads for *_, threads in newest})
     heads = [f"{n} thread" if n == 1 else f"{n} threads" for n in counts]
     yield f"| model | test | {' | '.join(heads)} |"
     yield "|---|---|" + "---|" * len(counts)
     for model, kind in dict.fromkeys(key[:2] for key in newest):
         name = f"{model.removesuffix(f'.{kind}').removesuffix(f'.{kind.lower()}')} {kind}"
-        for test in _shown(t for m, k, t, _ in newest if (m, k) == (model, kind)):
-            cells = [_cell(newest.get((model, kind, test.name, n))) for n in counts]
-            yield f"| {name} | {_words(test)} | {' | '.join(cells)} |"
-            name = ""  # once is enough
+        for kv_type in dict.fromkeys(v for m, k, v, *_ in newest if (m, k) == (model, kind)):
+            of_kv = "" if kv_type == "f16" else f", KV in {kv_type}"
+            tests = [t for *key, t, _ in newest if key == [model, kind, kv_type]]
+            for test in _shown(tests):
+                cells = [_cell(newest.get((model, kind, kv_type, test.name, n))) for n in counts]
+                yield f"| {name} | {_words(test)}{of_kv} | {' | '.join(cells)} |"
+                name = ""  # once is enough
 
 
 def _shown(names: Iterable[str]) -> list[Test]:

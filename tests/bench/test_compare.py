@@ -15,8 +15,9 @@ from potluck import testing
 from potluck.cli.measuring import Test as Measure
 
 ROOT = Path(__file__).resolve().parents[2]
-# As bench/llama_side.py, but each token takes a tenth of a second without flash attention and half
-# of that with it. Run as `PYTHON llama_side.py MODEL ...`, so the script's name is its first word.
+# As bench/llama_side.py, but each token takes a tenth of a second without flash attention, half
+# of that with it, and less with a KV in q8. Run as `PYTHON llama_side.py MODEL ...`, so the
+# script's name is its first word.
 OTHER_SIDE = """#!{python}
 import json, sys
 print(json.dumps({{"version": "0.0"}}), flush=True)
@@ -30,7 +31,7 @@ for line in sys.stdin:
         sys.exit(3)
     else:
         tokens = (order["n_prompt"] + order["n_gen"]) * order["n_sessions"]
-        seconds = tokens * (0.05 if asked["flash"] else 0.1)
+        seconds = tokens * (0.1, 0.05, 0.04)[asked["setting"]]
         print(json.dumps({{"seconds": seconds}}), flush=True)
 """
 
@@ -77,6 +78,23 @@ def test_a_run_prints_its_rows_and_appends_them(model: Path, tmp_path: Path) -> 
         assert bool(row["potluck_over_one"]) == (row["test"] == "tg4x2")
 
 
+def test_a_kv_in_q8_is_compared_with_the_best_of_llamas(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    for kv_type in ("f16", "q8"):
+        done = compare(
+            *(model, "--llama-python", other_side(tmp_path), "--threads", "1", "--csv", out),
+            *("--tests", "tg4", "--kv-type", kv_type),
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("KV q8 against q8_0" in done.stdout) == (kv_type == "q8")
+    with out.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["kv_type"], r["llama_kv_type"], r["llama_tps"]) for r in rows] == [
+        ("f16", "f16", "20.0"),
+        ("q8", "q8_0", "25.0"),
+    ]
+
+
 def test_a_side_that_ends_fails_that_file_and_not_the_next(model: Path, tmp_path: Path) -> None:
     llama = other_side(tmp_path, dies=True)
     done = compare(model, model, "--llama-python", llama, "--threads", "1", "--tests", "pp4")
@@ -115,9 +133,9 @@ def test_the_better_setting_of_the_other_side_counts(
     script: Callable[[str], ModuleType],
 ) -> None:
     rounds = script("compare").Rounds(
-        ours=[1.0, 2.0, 1.0], theirs=([4.0, 4.0, 4.0], [9.0, 3.0, 3.0])
+        ours=[1.0, 2.0, 1.0], theirs=[[4.0, 4.0, 4.0], [9.0, 3.0, 3.0]]
     )
-    assert rounds.flash == 1  # by its median, though one round was worst
+    assert rounds.best == 1  # by its median, though one round was worst
     assert rounds.ratios == [1.5, 3.0, 9.0]  # round by round, sorted
 
 
@@ -131,8 +149,8 @@ def test_who_begins_changes_from_round_to_round(script: Callable[[str], ModuleTy
         def ask(self, **order: object) -> dict[str, object]:
             return {}
 
-        def seconds(self, flash: int | None = None) -> float:
-            asked.append(f"{self.name}{'' if flash is None else flash}")
+        def seconds(self, setting: int | None = None) -> float:
+            asked.append(f"{self.name}{'' if setting is None else setting}")
             return 1.0
 
     test = Measure.named("tg8")

@@ -62,6 +62,17 @@ def test_depth_and_sessions_are_said(table: Callable[..., list[str]]) -> None:
     ]
 
 
+def test_a_kv_in_bytes_has_rows_of_its_own(script: Callable[[str], ModuleType]) -> None:
+    made = ("Zen", "avx2", "1", "m", "F16", "pp8", "1", "1", "1.5", "", "", "")
+    row = dict(zip(HEADER.split(","), made, strict=True))
+    found = [{**row, "kv_type": "f16"}, {**row, "kv_type": "q8", "ratio": "1.7"}]
+    lines = script("table").table(found).splitlines()
+    assert lines[2:] == [
+        "| m F16 | reading a prompt of 8 | **1.50x** 1.00 / 1.00 t/s |",
+        "|  | reading a prompt of 8, KV in q8 | **1.70x** 1.00 / 1.00 t/s |",
+    ]
+
+
 def test_each_type_of_a_model_has_its_rows(table: Callable[..., list[str]]) -> None:
     lines = table(
         ["Zen,avx2,1,7b.Q4_0,Q4_0,pp8,1,1,1,,,"], ["Zen,avx2,1,7b.q5_k,Q5_K,pp8,1,1,1,,,"]
