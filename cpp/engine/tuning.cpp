@@ -1,7 +1,10 @@
 #include "engine/tuning.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdint>
+#include <ctime>
 #include <limits>
 #include <string>
 #include <vector>
@@ -17,10 +20,16 @@ constexpr size_t kWidth = 4096;
 // Of prefill the rows matter, not the weights.
 constexpr size_t kPrefillRows = 64;
 constexpr size_t kPrefillWeights = 512;
-constexpr size_t kRounds = 7;
+// How long a reading takes, in whole rounds.
+constexpr double kReadingSeconds = 0.01;
+constexpr size_t kFewestRounds = 3;
+constexpr size_t kMostRounds = 99;
 // Counts are measured in turns; the best time of a count is what it can do.
-constexpr size_t kTurns = 3;
+constexpr size_t kTurns = 5;
 constexpr double kAsGood = 1.03;
+// Threads of a pool that works spin between its runs. A reading in which they had less of the CPUs
+// than that tells of what else ran, or of threads that the system had yet to spread.
+constexpr double kUndisturbed = 0.9;
 
 // Counts worth a try: all, three quarters, half and a quarter; half is the cores of CPUs with two
 // threads each, or the fast cores of many phones and laptops.
@@ -33,19 +42,36 @@ std::vector<size_t> Candidates(size_t threads) {
   return counts;
 }
 
-// The fewest threads whose `seconds()` are about the best.
-template <class Seconds>
-size_t Fewest(Pool& pool, const Seconds& seconds) {
+// Of all threads of this process.
+double CpuSeconds() {
+  timespec time{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
+}
+
+// The fewest threads whose times are about the best; all if some count had no
+// undisturbed reading.
+size_t Fewest(Pool& pool, MatMulBenchmark& benchmark) {
   const std::vector<size_t> counts = Candidates(pool.threads());
   std::vector<double> best(counts.size(), std::numeric_limits<double>::infinity());
   for (size_t turn = 0; turn < kTurns; ++turn) {
     for (size_t i = 0; i < counts.size(); ++i) {
       pool.Use(counts[i]);
-      best[i] = std::min(best[i], seconds());
+      const double once = benchmark.MedianSeconds(pool, 1);  // wakes the threads, too
+      const size_t rounds =
+          std::clamp(static_cast<size_t>(kReadingSeconds / once), kFewestRounds, kMostRounds);
+      const auto start = std::chrono::steady_clock::now();
+      const double before = CpuSeconds();
+      const double reading = benchmark.MedianSeconds(pool, rounds);
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+      const double could = took.count() * static_cast<double>(counts[i]);
+      if (CpuSeconds() - before >= kUndisturbed * could) best[i] = std::min(best[i], reading);
     }
   }
   pool.Use(pool.threads());
-  return FewestAsFast(counts, best);
+  const bool is_known =
+      std::all_of(best.begin(), best.end(), [](double s) { return s < HUGE_VAL; });
+  return is_known ? FewestAsFast(counts, best) : pool.threads();
 }
 
 }  // namespace
@@ -64,8 +90,8 @@ void TuneThreads(Pool& pool, const MatMulTable& table, size_t weight_bytes) {
   const WeightType type = WeightType::kQ4_0;
   MatMulBenchmark decode(table, type, kWidth, kWidth, 1, weight_bytes);
   MatMulBenchmark prefill(table, type, kPrefillWeights, kWidth, kPrefillRows, weight_bytes);
-  const size_t for_decode = Fewest(pool, [&] { return decode.MedianSeconds(pool, kRounds); });
-  const size_t for_prefill = Fewest(pool, [&] { return prefill.MedianSeconds(pool, kRounds); });
+  const size_t for_decode = Fewest(pool, decode);
+  const size_t for_prefill = Fewest(pool, prefill);
   pool.Allot(for_decode, for_prefill);
 }
 

@@ -16,9 +16,10 @@ size_t FewestAsFast(const std::vector<size_t>& counts, const std::vector<double>
 
 // Measures Q4_0 products of one row (decode: bound by memory, which fewer threads may saturate) and
 // of many (prefill: bound by arithmetic, which slow cores and siblings may hold up) with all
-// threads and with fewer, and allots the pool the fewest that are as fast as the best. Weights are
-// read out of `weight_bytes` of memory, which should be several times the last cache. Takes some
-// tenths of a second. UsageError: weight_bytes below 1 MiB.
+// threads and with fewer, and allots the pool the fewest that are as fast as the best; all of them
+// where others used the CPUs meanwhile, for then the figures say nothing of a quiet machine.
+// Weights are read out of `weight_bytes` of memory, which should be several times the last cache.
+// Takes some tenths of a second. UsageError: weight_bytes below 1 MiB.
 void TuneThreads(Pool& pool, const MatMulTable& table, size_t weight_bytes);
 
 }  // namespace potluck

@@ -112,7 +112,7 @@ async def test_a_port_in_use_is_one_line(fleet: Callable[..., Any]) -> None:
         port = s.getsockname()[1]
         async with (
             fleet() as f,
-            program("--coordinator", f.address, "--port", str(port)) as process,
+            program("--coordinator", f.address, "--port", str(port), "--threads", "1") as process,
         ):
             assert await ended(process) == (
                 1,
