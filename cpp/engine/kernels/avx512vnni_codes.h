@@ -21,20 +21,23 @@ inline __m512i Nibbles(const uint8_t* run, size_t apart) {
   return G < 4 ? Low4(both) : High4(both);
 }
 
+// Bit From of each byte moved to bit To, the others with it.
+template <int From, int To>
+inline __m512i MoveBit(__m512i bytes) {
+  constexpr int kUp = From < To ? To - From : 0, kDown = From < To ? 0 : From - To;
+  return From < To ? _mm512_slli_epi16(bytes, kUp) : _mm512_srli_epi16(bytes, kDown);
+}
+
 // Bits 2J and 2J + 1 of each byte, moved to bits To and To + 1.
 template <int J, int To>
 inline __m512i Twos(__m512i fields) {
-  const __m512i moved = 2 * J < To ? _mm512_slli_epi16(fields, 2 * J < To ? To - 2 * J : 0)
-                                   : _mm512_srli_epi16(fields, 2 * J < To ? 0 : 2 * J - To);
-  return _mm512_and_si512(moved, _mm512_set1_epi8(3 << To));
+  return _mm512_and_si512(MoveBit<2 * J, To>(fields), _mm512_set1_epi8(3 << To));
 }
 
 // Bit G of each byte, moved to bit To.
 template <int G, int To>
 inline __m512i PlaneBit(__m512i plane) {
-  const __m512i moved = G < To ? _mm512_slli_epi16(plane, G < To ? To - G : 0)
-                               : _mm512_srli_epi16(plane, G < To ? 0 : G - To);
-  return _mm512_and_si512(moved, _mm512_set1_epi8(1 << To));
+  return _mm512_and_si512(MoveBit<G, To>(plane), _mm512_set1_epi8(1 << To));
 }
 
 }  // namespace
