@@ -23,6 +23,7 @@ namespace {
 
 bool RunsBaseline() { return true; }
 
+// [[maybe_unused]]: a compiler may lack a table (CMakeLists.txt).
 #if defined(POTLUCK_X86)
 // Older clangs know no "f16c" in the detection below.
 bool HasF16c() {
@@ -37,12 +38,12 @@ bool RunsAvx2() {
 }
 
 // Not every compiler's detection knows the name.
-bool RunsAvxVnni() {
+[[maybe_unused]] bool RunsAvxVnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return RunsAvx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1u) != 0;
 }
 
-bool RunsAvx512Vnni() {
+[[maybe_unused]] bool RunsAvx512Vnni() {
   return RunsAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
@@ -56,15 +57,17 @@ bool Has(const char* feature) {
   size_t size = sizeof value;
   return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
 }
-bool RunsDotProd() { return Has("hw.optional.arm.FEAT_DotProd"); }
-bool RunsI8mm() { return RunsDotProd() && Has("hw.optional.arm.FEAT_I8MM"); }
+[[maybe_unused]] bool RunsDotProd() { return Has("hw.optional.arm.FEAT_DotProd"); }
+[[maybe_unused]] bool RunsI8mm() { return RunsDotProd() && Has("hw.optional.arm.FEAT_I8MM"); }
 #elif defined(POTLUCK_ARM64)
 // Bits of the kernel's arch/arm64/include/uapi/asm/hwcap.h, which older system headers lack.
 constexpr unsigned long kHwcapDotProd = 1UL << 20;
 constexpr unsigned long kHwcap2I8mm = 1UL << 13;
 
-bool RunsDotProd() { return (getauxval(AT_HWCAP) & kHwcapDotProd) != 0; }
-bool RunsI8mm() { return RunsDotProd() && (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0; }
+[[maybe_unused]] bool RunsDotProd() { return (getauxval(AT_HWCAP) & kHwcapDotProd) != 0; }
+[[maybe_unused]] bool RunsI8mm() {
+  return RunsDotProd() && (getauxval(AT_HWCAP2) & kHwcap2I8mm) != 0;
+}
 #endif
 
 struct Isa {
@@ -79,13 +82,21 @@ const auto& Isas() {
           RunsBaseline},
 #if defined(POTLUCK_X86)
       Isa{{"avx2", Avx2MatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvx2},
+#endif
+#if defined(POTLUCK_AVXVNNI)
       Isa{{"avxvnni", AvxVnniMatMulTable(), Avx2VectorTable(), Avx2AttentionTable()}, RunsAvxVnni},
+#endif
+#if defined(POTLUCK_AVX512VNNI)
       Isa{{"avx512vnni", Avx512VnniMatMulTable(), Avx2VectorTable(), Avx512VnniAttentionTable()},
           RunsAvx512Vnni},
 #endif
 #if defined(POTLUCK_ARM64)
       Isa{{"neon", NeonMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsBaseline},
+#endif
+#if defined(POTLUCK_DOTPROD)
       Isa{{"dotprod", DotProdMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsDotProd},
+#endif
+#if defined(POTLUCK_I8MM)
       Isa{{"i8mm", I8mmMatMulTable(), NeonVectorTable(), NeonAttentionTable()}, RunsI8mm},
 #endif
   };

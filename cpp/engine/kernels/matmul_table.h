@@ -85,17 +85,17 @@ struct MatMulTable {
 };
 
 const MatMulTable* ScalarMatMulTable();
-// Defined where POTLUCK_X86 is; the CPU must have AVX2, FMA and F16C.
+// Defined where POTLUCK_X86 is; the CPU must have AVX2, FMA, F16C and BMI2.
 const MatMulTable* Avx2MatMulTable();
-// The same; needs AVX-VNNI too.
+// Where POTLUCK_AVXVNNI is; needs AVX-VNNI too.
 const MatMulTable* AvxVnniMatMulTable();
-// The same; needs AVX-512 F, BW, DQ, VL and VNNI beside AVX2.
+// Where POTLUCK_AVX512VNNI is; needs AVX-512 F, BW, DQ, VL and VNNI beside AVX2.
 const MatMulTable* Avx512VnniMatMulTable();
 // Defined where POTLUCK_ARM64 is.
 const MatMulTable* NeonMatMulTable();
-// The CPU must have the dot product instructions.
+// Where POTLUCK_DOTPROD is; the CPU must have the dot product instructions.
 const MatMulTable* DotProdMatMulTable();
-// And those for matrices of bytes.
+// Where POTLUCK_I8MM is; and those for matrices of bytes.
 const MatMulTable* I8mmMatMulTable();
 
 }  // namespace potluck
