@@ -163,12 +163,29 @@ TEST(EveryIsaHasTheBitsOfTheScalarKernels) {
   }
 }
 
+// The tiles of many rows share one unpacking among up to 256 rows: here are three more, and two
+// chunks of K in every kernel.
+TEST(MoreRowsThanABandHaveTheSameBits) {
+  for (const WeightType type : kAllTypes) {
+    const size_t k = InfoOf(type).block_values == 256 ? 512 : 1056;
+    const size_t rows = check::IsShort() ? 131 : 259;  // ARM's bands hold 128
+    const Case c = {
+        type, 40, k, rows, weights::FileBytes(type, 40, k, 15), weights::Activations(rows, k, 16)};
+    CheckCase(c, {rows}, {5});
+  }
+}
+
+// 12 and 13 rows are groups of 4 and of 3 where floats have tiles for 8 panels; 160 and 672 leave a
+// rest of a chunk of K.
 TEST(ManyPanelsAndAnOddLastOneHaveTheSameBits) {
   for (const WeightType type : kAllTypes) {
+    const bool is_k = InfoOf(type).block_values == 256;
     for (const size_t n : {157u, 576u}) {
-      const Case c = {
-          type, n, 512, 12, weights::FileBytes(type, n, 512, 3), weights::Activations(12, 512, 4)};
-      CheckCase(c, {1, 4, 12}, {(n + 7) / 8});
+      for (const size_t k : is_k ? std::vector<size_t>{512} : std::vector<size_t>{160, 512, 672}) {
+        const Case c = {
+            type, n, k, 66, weights::FileBytes(type, n, k, 3), weights::Activations(66, k, 4)};
+        CheckCase(c, {1, 4, 12, 13, 66}, {(n + 7) / 8});
+      }
     }
   }
 }
@@ -209,8 +226,8 @@ TEST(ExtremeCodesAndActivationsHaveTheSameBits) {
 
 // Lanes of +-32512 times scales of -128, in every sub-block: the largest sums of Q6_K.
 TEST(SixBitCodesAndTheirScalesAtBothEndsHaveTheSameBits) {
-  const size_t n = 40, k = 512, rows = 13;
-  for (const int codes : {0x00, 0xff}) {  // -32, 31
+  const size_t n = 40, k = 512, rows = 66;  // enough for tiles of many rows, and panels for all
+  for (const int codes : {0x00, 0xff}) {    // -32, 31
     for (const int scale : {-128, 127}) {
       std::vector<uint8_t> file =
           weights::FileBytes(WeightType::kQ6_K, n, k, 14, Scales::kRandom, codes);
@@ -221,7 +238,7 @@ TEST(SixBitCodesAndTheirScalesAtBothEndsHaveTheSameBits) {
         for (const float size : {1.0f, -1.0f}) {
           std::vector<float> x(rows * k);
           for (size_t i = 0; i < x.size(); ++i) x[i] = i % k / run % 2 != 0 ? -size : size;
-          CheckCase({WeightType::kQ6_K, n, k, rows, file, x}, {1, 5, 8, 13}, {3});
+          CheckCase({WeightType::kQ6_K, n, k, rows, file, x}, {1, 5, 8, 13, 66}, {3, 5});
         }
       }
     }
