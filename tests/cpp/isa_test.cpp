@@ -35,12 +35,13 @@ std::string Refusal(const std::string& isa) {
 
 }  // namespace
 
-// POTLUCK_EXPECTED_ISAS: what the emulated CPU has, "scalar neon".
+// POTLUCK_EXPECTED_ISAS: what scripts/test knows of this or the emulated CPU, "scalar neon"; empty
+// where it knows nothing.
 TEST(the_tables_of_this_cpu_are_those_expected) {
   const std::string here = Listed(AvailableIsas());
   std::printf("this CPU runs %s\n", here.c_str());
   const char* const expected = std::getenv("POTLUCK_EXPECTED_ISAS");
-  if (expected != nullptr) CHECK_EQ(here, std::string(expected));
+  if (expected != nullptr && *expected != '\0') CHECK_EQ(here, std::string(expected));
 }
 
 TEST(every_table_that_runs_here_can_be_chosen_and_the_last_is_automatic) {
