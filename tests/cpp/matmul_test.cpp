@@ -2,9 +2,13 @@
 // truth.
 #include "engine/matmul.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "check.h"
 #include "engine/isa.h"
@@ -43,28 +47,66 @@ Buffer Allocate(size_t bytes) {
   return buffer;
 }
 
+struct Unmap {
+  void* pages;
+  size_t size;
+  void operator()(uint8_t* /*bytes*/) const { munmap(pages, size); }
+};
+using Guarded = std::unique_ptr<uint8_t, Unmap>;
+
+// Bytes that end where a page begins that nobody may touch: what goes beyond crashes, where no
+// sanitizer runs (emulated) and within the rounding of other buffers too.
+Guarded Guard(size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t room = (bytes + page - 1) / page * page;
+  void* pages =
+      mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  uint8_t* const end = static_cast<uint8_t*>(pages) + room;
+  CHECK_EQ(mprotect(end, page, PROT_NONE), 0);
+  return Guarded(end - bytes, Unmap{pages, room + page});
+}
+
+Guarded GuardCopy(const void* bytes, size_t count) {
+  Guarded copy = Guard(count);
+  std::memcpy(copy.get(), bytes, count);
+  return copy;
+}
+
+// PreparedBytes without its rounding.
+size_t PreparedSize(Grain grain, size_t rows, size_t k) {
+  return rows * PreparedWords(grain, k) * 4;
+}
+
 struct Prepared {
-  Buffer bytes;
+  Guarded bytes;
   PreparedRows rows;
   bool finite;
 };
 
 Prepared Prepare(const MatMulTable& table, Grain grain, const std::vector<float>& x, size_t rows,
                  size_t k) {
-  Prepared prepared = {Allocate(PreparedBytes(grain, rows, k)), {grain, rows, k, nullptr}, true};
+  const Guarded values = GuardCopy(x.data(), rows * k * sizeof(float));
+  Prepared prepared = {Guard(PreparedSize(grain, rows, k)), {grain, rows, k, nullptr}, true};
   prepared.rows.data = prepared.bytes.get();
-  prepared.finite = PrepareRows(table, grain, x.data(), k, rows, k, 0, rows, prepared.bytes.get());
+  prepared.finite = PrepareRows(table, grain, reinterpret_cast<const float*>(values.get()), k, rows,
+                                k, 0, rows, prepared.bytes.get());
   return prepared;
 }
 
-// [rows, stride] with the columns beyond the panels untouched.
+// [rows, stride] with the columns beyond the panels untouched. The kernel's ends with the last
+// panel.
 std::vector<float> Multiply(const MatMulTable& table, WeightType type, const uint8_t* panels,
                             size_t n_panels, const PreparedRows& x, size_t stride) {
-  const Buffer scratch = Allocate(MatMulScratchBytes());
+  const Guarded scratch = Guard(MatMulScratchBytes());
   std::memset(scratch.get(), 0xff,
               MatMulScratchBytes());  // NaN: what isn't written must not be read
   std::vector<float> out(x.rows * stride, kUntouched);
-  MatMul(table, type, panels, n_panels, x, out.data(), stride, scratch.get());
+  const size_t bytes = ((x.rows - 1) * stride + 8 * n_panels) * sizeof(float);
+  const Guarded room = GuardCopy(out.data(), bytes);
+  MatMul(table, type, panels, n_panels, x, reinterpret_cast<float*>(room.get()), stride,
+         scratch.get());
+  std::memcpy(out.data(), room.get(), bytes);
   return out;
 }
 
@@ -119,21 +161,26 @@ void CheckCase(const Case& c, const std::vector<size_t>& batches,
   CHECK(all.finite);
   const std::vector<float> wanted = Multiply(*ScalarMatMulTable(), c.type, packed.data(),
                                              wanted_stride / 8, all.rows, wanted_stride);
+  std::vector<Guarded> ends;
+  for (const size_t n_panels : shares) {
+    ends.push_back(GuardCopy(packed.data(), n_panels * PanelBytes(c.type, c.k)));
+  }
   for (const size_t rows : batches) {
     const Prepared expected = Prepare(*ScalarMatMulTable(), grain, c.x, rows, c.k);
     for (const MatMulTable* table : Tables()) {
       const Prepared x = Prepare(*table, grain, c.x, rows, c.k);
-      if (std::memcmp(x.rows.data, expected.rows.data, PreparedBytes(grain, rows, c.k)) != 0) {
+      if (std::memcmp(x.rows.data, expected.rows.data, PreparedSize(grain, rows, c.k)) != 0) {
         check::Fail(__FILE__, __LINE__,
                     "prepared otherwise: " + Describe(*table, c.type, c.k, rows, 0));
       }
-      for (const size_t n_panels : shares) {
+      for (size_t share = 0; share < shares.size(); ++share) {
+        const size_t n_panels = shares[share];
         // The scalar kernel is slow, and takes one row at a time whatever M is.
         const size_t most = check::IsShort() ? 1 : 9;
         if (table == ScalarMatMulTable() && (rows > most || c.k > 700)) continue;
         const size_t stride = 8 * n_panels + 3;
         const std::vector<float> out =
-            Multiply(*table, c.type, packed.data(), n_panels, x.rows, stride);
+            Multiply(*table, c.type, ends[share].get(), n_panels, x.rows, stride);
         if (!IsPartOf(out, rows, 8 * n_panels, stride, wanted, wanted_stride)) {
           check::Fail(__FILE__, __LINE__,
                       "other bits: " + Describe(*table, c.type, c.k, rows, n_panels));
