@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "engine/kernels/matmul_table.h"
+#include "engine/kernels/order_loads.h"
 
 namespace potluck {
 namespace avx2 {
@@ -26,10 +27,6 @@ void MultiplyFloat(WeightType type, const uint8_t* panels, size_t n_panels, cons
                    float* out, size_t out_stride, uint8_t* scratch);
 
 namespace {
-
-// Keeps loads from moving across: gcc hoists all broadcasts of a block to its start and spills the
-// sums (33 instead of 21 MAC/cycle once it can't; measured on Zen 3 with gcc 12 and clang 19).
-#define POTLUCK_ORDER_LOADS() asm volatile("" ::: "memory")
 
 [[maybe_unused]] inline __m256i Load(const uint8_t* at) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));

@@ -24,6 +24,11 @@ struct Chunk {
   float* sums;     // [band rows][16]
 };
 
+static_assert(kChunkBlocks * (kUnpackedBlock + 2 * 16 * sizeof(float)) +
+                      kBandRows * 16 * sizeof(float) <=
+                  kScratchBytes,
+              "fits into a thread's scratch");
+
 Chunk ChunkIn(uint8_t* scratch) {
   float* d = reinterpret_cast<float*>(scratch + kChunkBlocks * kUnpackedBlock);
   return {scratch, d, d + kChunkBlocks * 16, d + 2 * kChunkBlocks * 16};

@@ -21,6 +21,11 @@ struct Chunk {
   float* sums;     // [band rows][32]
 };
 
+static_assert(kChunkBlocks * (kUnpackedBlock + 2 * kTileRowsOfWeights * sizeof(float)) +
+                      kBandRows * kTileRowsOfWeights * sizeof(float) <=
+                  kScratchBytes,
+              "fits into a thread's scratch");
+
 Chunk ChunkIn(uint8_t* scratch) {
   float* d = reinterpret_cast<float*>(scratch + kChunkBlocks * kUnpackedBlock);
   float* m = d + kChunkBlocks * kTileRowsOfWeights;

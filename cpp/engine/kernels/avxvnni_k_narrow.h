@@ -31,6 +31,7 @@ inline __m256i ScaleWords(const SubScales& sub, size_t sub_block) {
 // int16.
 template <class Type>
 inline __m256i FactorPairs(const SubScales& sub, size_t w) {
+  static_assert(Type::kHasMin != Type::kHasSeeds, "every type has mins or a centre");
   if (Type::kHasMin) return avx2::MinPairs<Type>(sub, w);
   const __m128i even = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sub.scales + 16 * w));
   const __m128i odd = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sub.scales + 16 * w + 8));
@@ -112,7 +113,7 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* record, size_t k, c
       }
       AddRun<Type, R>(total, codes, sub, run, x);
     }
-    for (size_t w = 0; (Type::kHasMin || Type::kHasSeeds) && w < 8; ++w, sums += 4 * R) {
+    for (size_t w = 0; w < 8; ++w, sums += 4 * R) {
       const __m256i factors = FactorPairs<Type>(sub, w);
 #pragma GCC unroll 8
       for (size_t t = 0; t < R; ++t)

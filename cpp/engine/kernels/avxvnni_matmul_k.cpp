@@ -111,7 +111,7 @@ __attribute__((noinline)) void AddTile(Chunk& chunk, size_t b, const uint8_t* da
   for (size_t t = 0; t < S; ++t) {
     for (size_t side = 0; side < 2; ++side) {
       __m256i taken = _mm256_setzero_si256();
-      for (size_t i = 0; (Type::kHasMin || Type::kHasSeeds) && i < 8; ++i) {
+      for (size_t i = 0; i < 8; ++i) {
         const __m256i factors = _mm256_load_si256(chunk.factors + 2 * i + side);
         taken = AddPairs(taken, factors, Broadcast(sums + 4 * (S * i + t)));
       }

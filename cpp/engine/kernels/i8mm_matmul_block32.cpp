@@ -80,7 +80,7 @@ class Tiles {
  public:
   Tiles(size_t k, uint8_t* scratch)
       : shape_(arm::ShapeOf<Type>(k)), chunk_(*reinterpret_cast<Chunk*>(scratch)) {
-    static_assert(sizeof(Chunk) <= arm::kScratchBytes);
+    static_assert(sizeof(Chunk) <= kScratchBytes);
   }
 
   size_t panel_bytes() const { return shape_.panel_bytes; }

@@ -64,7 +64,7 @@ class Tiles {
  public:
   Tiles(size_t k, uint8_t* scratch)
       : records_(k / 256), chunk_(*reinterpret_cast<Chunk*>(scratch)) {
-    static_assert(sizeof(Chunk) <= arm::kScratchBytes);
+    static_assert(sizeof(Chunk) <= kScratchBytes);
   }
 
   size_t panel_bytes() const { return records_ * Type::kRecordBytes; }

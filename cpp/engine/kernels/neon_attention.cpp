@@ -13,12 +13,10 @@
 #include "engine/kernels/attention_f16.h"
 #include "engine/kernels/attention_rows.h"
 #include "engine/kernels/neon_weigh.h"
+#include "engine/kernels/order_loads.h"
 
 namespace potluck {
 namespace {
-
-// Keeps loads from moving across: gcc otherwise loads all that passes by first and spills sums.
-#define POTLUCK_ORDER_LOADS() asm volatile("" ::: "memory")
 
 constexpr size_t kSlice = kPagePositions;  // positions or dimensions of a slice of a widened tile
 constexpr size_t kSliceVectors = kSlice / kLanes;

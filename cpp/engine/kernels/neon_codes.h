@@ -11,20 +11,16 @@
 #include <arm_neon.h>
 
 #include "engine/kernels/matmul_table.h"
+#include "engine/kernels/order_loads.h"
 #include "engine/pack.h"
 
 namespace potluck {
 namespace arm {
 namespace {
 
-// Keeps loads from moving across. From 3 rows of activations on gcc otherwise loads the words of a
-// block ahead of their use and spills the sums.
-#define POTLUCK_ORDER_LOADS() asm volatile("" ::: "memory")
-
-constexpr size_t kScratchBytes = size_t{64} * 1024;  // MatMulScratchBytes() of matmul.h
-constexpr size_t kHalfBytes = 16;                    // of a vector of a panel
-constexpr size_t kUnpackedBytes = 256;               // 32 values of 8 rows, a byte each
-constexpr size_t kHalfScalesBytes = 16;              // f16 of 8 rows
+constexpr size_t kHalfBytes = 16;        // of a vector of a panel
+constexpr size_t kUnpackedBytes = 256;   // 32 values of 8 rows, a byte each
+constexpr size_t kHalfScalesBytes = 16;  // f16 of 8 rows
 
 [[maybe_unused]] inline int8x16_t Signed(uint8x16_t bytes) { return vreinterpretq_s8_u8(bytes); }
 
