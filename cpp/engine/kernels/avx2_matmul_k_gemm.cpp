@@ -6,9 +6,8 @@ namespace potluck {
 namespace avx2 {
 namespace {
 
-constexpr size_t kBandRows =
-    128;                       // rows that share one unpacking; their sums take 8 KiB of scratch
-constexpr size_t kUnits = 16;  // at most, of a record
+constexpr size_t kBandRows = 128;  // rows that share one unpacking; their sums take 8 KiB
+constexpr size_t kUnits = 16;      // at most, of a record
 
 // A record of two panels, unpacked, and the outputs of a band of rows so far.
 struct Chunk {

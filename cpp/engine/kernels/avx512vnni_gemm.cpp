@@ -17,7 +17,7 @@ constexpr size_t kBandRows = 256;  // rows that share one unpacking; their outpu
 struct Chunk {
   uint8_t* codes;  // [blocks][8 groups of 4 k][4 panels][32]
   float* d;        // [blocks][32 rows of weights]
-  float* m;        // the same; Q4_1
+  float* m;        // the same; Q4_1 and Q5_1
   float* sums;     // [band rows][32]
 };
 

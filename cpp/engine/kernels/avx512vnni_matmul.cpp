@@ -1,5 +1,5 @@
-// The AVX-512 VNNI table of matrix kernels: its own for blocks and two rows or more, AVX2's for the
-// rest.
+// The AVX-512 VNNI table of matrix kernels. AVX2's prepare rows, and take the odd last panel that
+// kernels for two panels leave.
 #include "engine/kernels/avx512vnni_matmul.h"
 
 #include "engine/kernels/avx2_matmul.h"

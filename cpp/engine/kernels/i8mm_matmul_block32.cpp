@@ -8,7 +8,7 @@ namespace potluck {
 namespace i8mm {
 namespace {
 
-constexpr size_t kChunkBlocks = 32;  // 12 KiB of L1, 16 with mins
+constexpr size_t kChunkBlocks = 32;  // 10 KiB of L1, 12 with mins
 
 struct Chunk {
   uint8_t codes[kChunkBlocks * arm::kUnpackedBytes];

@@ -3,14 +3,15 @@
 // smull and smlal keep one product a lane: lane 4r + i of a register holds the products of row r
 // with k = i mod 4, so a unit of 32 values puts 8 products into a lane, one of 16 puts 4. An
 // activation is at most 127 and the largest code c of a type says how far int16 reaches:
-//   Values / 4 * c * 127 <= 32767      the lanes hold; checked below for every type. The tightest:
-//   8 * 31 * 127 =
-//                                      31496 (five bits), 4 * 63 * 127 = 32004 (six)
-//   twice that <= 32767                neighbours may be added in int16 too (addp): 4 bits, 30480;
-//   centred codes of
-//                                      5 bits, and of 6 in units of 16: 32512
-//   four times that <= 32767           the sum of a row: codes of 2 and 3 bits in units of 16, at
-//   most 14224
+//
+//   Values / 4 * c * 127 <= 32767: the lanes hold; checked below for every type. The tightest are
+//   five bits, 8 * 31 * 127 = 31496, and six, 4 * 63 * 127 = 32004.
+//
+//   Twice that: neighbours may be added in int16 too (addp). 4 bits, 30480; centred codes of 5
+//   bits, and of 6 in units of 16, 32512.
+//
+//   Four times that: so may a whole row. Codes of 2 and 3 bits in units of 16, at most 14224.
+//
 // Codes of 8 bits: two products, 2 * 128 * 127 = 32512, then they are widened.
 //
 // Every function here has internal linkage: see matmul_table.h.
@@ -23,8 +24,8 @@ namespace neon {
 namespace {
 
 #if defined(POTLUCK_MUTATION_DEPTH)
-constexpr int kTooDeep =
-    1;  // one addition in int16 more than there is room for; for tests to catch
+// One addition in int16 more than there is room for; for tests to catch.
+constexpr int kTooDeep = 1;
 #else
 constexpr int kTooDeep = 0;
 #endif
