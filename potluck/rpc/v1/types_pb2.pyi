@@ -508,6 +508,7 @@ class Resources(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
     READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """host name"""
     platform: _builtins.str
@@ -524,6 +525,10 @@ class Resources(_message.Message):
     """that a shard and its KV may take now"""
     read_bytes_per_second: _builtins.float
     """memory read bandwidth, all engine threads"""
+    room_bytes: _builtins.int
+    """If weights are mapped from the disk: what memory has room for, which KV and buffers need and two layers at a
+    time; memory_free_bytes may be more. Unset: everything is in memory.
+    """
     def __init__(
         self,
         *,
@@ -535,12 +540,15 @@ class Resources(_message.Message):
         memory_bytes: _builtins.int = ...,
         memory_free_bytes: _builtins.int = ...,
         read_bytes_per_second: _builtins.float = ...,
+        room_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "room_bytes", b"room_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "isa", b"isa", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "platform", b"platform", "read_bytes_per_second", b"read_bytes_per_second", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "cores", b"cores", "isa", b"isa", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "platform", b"platform", "read_bytes_per_second", b"read_bytes_per_second", "room_bytes", b"room_bytes", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__room_bytes: _TypeAlias = _typing.Literal["room_bytes"]  # noqa: Y015
+    _WhichOneofArgType__room_bytes: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__room_bytes) -> _WhichOneofReturnType__room_bytes | None: ...
 
 Global___Resources: _TypeAlias = Resources  # noqa: Y015
 
