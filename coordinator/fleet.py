@@ -135,7 +135,10 @@ class Fleet:
         elif old is not None and old.instance == instance:
             # What a loaded shard takes is this process's own: its first figure is what it offers.
             free = max(info.memory_free_bytes, old.info.memory_free_bytes)
-            info = replace(info, memory_free_bytes=free)
+            room = info.room_bytes
+            if room is not None:
+                room = max(room, old.info.room_bytes or 0)
+            info = replace(info, memory_free_bytes=free, room_bytes=room)
             if old.is_usable and old.info.address == info.address:
                 old.last_heard = now
                 return id, False

@@ -129,6 +129,7 @@ def worker_info(request: cluster_pb2.RegisterRequest) -> WorkerInfo:
         memory_free_bytes=r.memory_free_bytes,
         read_bytes_per_second=max(0.0, r.read_bytes_per_second),
         machine=r.machine,
+        room_bytes=r.room_bytes if r.HasField("room_bytes") else None,
     )
 
 

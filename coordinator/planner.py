@@ -17,7 +17,7 @@ from itertools import accumulate
 from potluck import model
 from potluck.errors import PlanError
 from potluck.gguf import GgufFile
-from potluck.model import KV_PAGE_TOKENS, KvType, ModelConfig
+from potluck.model import KV_PAGE_TOKENS, SCRATCH_BYTES, KvType, ModelConfig
 from potluck.plan import Plan, Span, Stage, WorkerInfo
 
 # Ends are tried among so many workers that have most memory or bandwidth: 132 orders of 80 layers
@@ -141,11 +141,16 @@ def _counts(sizes: ModelSizes, order: Sequence[WorkerInfo], n_positions: int) ->
     Layers count as the largest of them for memory, so that any span of so many fits. For equal
     layers this greedy choice is the least possible slowest stage.
     """
-    layer = max(sizes.layer_bytes) + n_positions * sizes.kv_layer_bytes
+    kv = n_positions * sizes.kv_layer_bytes
+    layer = max(sizes.layer_bytes) + kv
     rooms = [
         (worker.memory_free_bytes - _fixed_bytes(sizes, i, len(order))) // layer
         for i, worker in enumerate(order)
     ]
+    for i, worker in enumerate(order):
+        if worker.room_bytes is not None:  # its weights may be on disk, KV is not
+            left = worker.room_bytes - _unmapped_bytes(sizes, has_head=i == len(order) - 1)
+            rooms[i] = min(rooms[i], left // kv)
     if min(rooms) < 1 or sum(rooms) < sizes.n_layers:
         return None
     counts = [1] * len(order)
@@ -174,6 +179,12 @@ def _fixed_bytes(sizes: ModelSizes, i: int, n_stages: int) -> int:
     embedding = sizes.embedding_bytes if i == 0 else 0
     head = sizes.head_bytes if i == n_stages - 1 else 0
     return sizes.scratch_bytes + embedding + head
+
+
+def _unmapped_bytes(sizes: ModelSizes, *, has_head: bool) -> int:
+    """What a stage of mapped weights needs of memory besides KV; its worker asks for no more."""
+    units = (*sizes.layer_bytes, sizes.head_bytes) if has_head else sizes.layer_bytes
+    return max(sizes.scratch_bytes, SCRATCH_BYTES) + 2 * max(units)
 
 
 def _plan(
@@ -205,6 +216,12 @@ def _too_little(sizes: ModelSizes, workers: Sequence[WorkerInfo], context_tokens
     if offered >= needed:
         message += (
             f", but {least.id} offers {_size(least.memory_free_bytes)}, too little for its part"
+        )
+    rooms = [worker.room_bytes for worker in workers if worker.room_bytes is not None]
+    if rooms:
+        message += (
+            f"; of that {_size(sum(rooms))} are memory, which KV, buffers and two layers at a time"
+            " must fit into"
         )
     return PlanError(message, remedy="add a worker, give workers more --memory or lower --context")
 

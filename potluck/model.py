@@ -23,6 +23,8 @@ WEIGHT_TYPES = (
 )
 ARCHITECTURES = ("llama",)
 KV_PAGE_TOKENS = 16  # positions of one session in one page of the KV
+# Beside mapped weights and KV: the buffers of the largest batch, a slab a thread.
+SCRATCH_BYTES = 150 * 10**6
 
 EMBEDDING = "token_embd.weight"
 HEAD_NORM = "output_norm.weight"
@@ -160,6 +162,13 @@ def kv_bytes_per_token(config: ModelConfig, span: Span, kv_type: KvType = KvType
     """
     _check_span(config, span)
     return 2 * span.n_layers * config.n_kv_heads * kv_type.head_bytes(config.head_dim)
+
+
+def passing_bytes(units: Sequence[int]) -> int:
+    """What must be in memory of mapped layers (and a head) of these sizes: one in use, one that is
+    read ahead of its use.
+    """
+    return min(sum(units), 2 * max(units, default=0))
 
 
 def _check_metadata(file: GgufFile, architecture: str) -> None:

@@ -16,14 +16,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.engine import PACK_LAYOUT, Shard, TensorTuple
 from potluck.errors import ModelError
 from potluck.gguf import GgufFile, TensorInfo
-from potluck.model import EMBEDDING
+from potluck.model import EMBEDDING, HEAD
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,17 @@ def parts_of(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
         end = "embedding" if tensor.name == EMBEDDING else "head"
         parts.setdefault(f"layer-{layer[1]}" if layer else end, []).append(tensor)
     return parts
+
+
+def unit_bytes(tensors: Sequence[TensorInfo]) -> list[int]:
+    """Sizes of what a step uses whole, one after the other: layers, and a head with its norm.
+
+    An embedding that is not the head as well is none: only some rows of it are used.
+    """
+    parts = {name: sum(t.size_bytes for t in part) for name, part in parts_of(tensors).items()}
+    embedding, head = parts.pop("embedding", 0), parts.pop("head", 0)
+    is_tied = bool(head) and all(t.name != HEAD for t in tensors)
+    return [*parts.values(), *([head + embedding * is_tied] if head else [])]
 
 
 def pack_bytes(tensors: Iterable[TensorInfo]) -> int:

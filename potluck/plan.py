@@ -45,6 +45,8 @@ class WorkerInfo:
     memory_free_bytes: int  # that a shard and its KV may take
     read_bytes_per_second: float
     machine: str = ""
+    # Weights on its disk: what memory has room for, which is not for them. None: all is in memory.
+    room_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

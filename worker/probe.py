@@ -33,7 +33,7 @@ class MemoryNow:
 
     total_bytes: int  # the most that this worker could ever have
     free_bytes: int  # what more it may take: weights and KV
-    room_bytes: int  # of that, what memory has room for; less only if weights are mapped
+    room_bytes: int  # what memory has room for; another number only if weights are mapped
     resident_bytes: int  # of this process
 
 

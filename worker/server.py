@@ -144,7 +144,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """What a shard and its KV may take: what is free, and what this one's shard would free."""
         held = self._stage.shard.shard_bytes if self._stage else 0
         memory = await asyncio.to_thread(self.memory.now, held)
-        return types_pb2.Resources(
+        resources = types_pb2.Resources(
             machine=self.machine.name,
             platform=self.machine.platform,
             cores=self.machine.cores,
@@ -154,6 +154,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             memory_free_bytes=memory.free_bytes + held,
             read_bytes_per_second=self.machine.read_bytes_per_second,
         )
+        if self._packs is not None:
+            resources.room_bytes = memory.room_bytes
+        return resources
 
     def loaded(self) -> worker_pb2.LoadedShard | None:
         """The shard; None if nothing is loaded."""
@@ -266,8 +269,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             if before is not None:  # its memory goes back before the new one's is taken
                 await self._thread.run(before.free)
             memory = await asyncio.to_thread(self.memory.now)
-            shard.check_memory(memory.free_bytes, memory.room_bytes)
-            async with contextlib.aclosing(self._fill(shard)) as progress:
+            resident_bytes = shard.check_memory(memory.free_bytes, memory.room_bytes)
+            async with contextlib.aclosing(self._fill(shard, resident_bytes)) as progress:
                 async for message in progress:
                     yield message
         link = Link(self.name, request.next, self._pass_back)
@@ -287,7 +290,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._stage.start(self._tasks)
         log.info("epoch %d: layers %s of %s", request.epoch, order.span, order.model_name)
 
-    async def _fill(self, shard: Shard) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
+    async def _fill(
+        self, shard: Shard, resident_bytes: int
+    ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
         """Loads in the engine thread; stops at the next matrix if nobody listens any more."""
         loop = asyncio.get_running_loop()
         progress: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
@@ -299,7 +304,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             loop.call_soon_threadsafe(progress.put_nowait, (done_bytes, matrix))
 
         self.is_loading = True
-        loading = self._thread.run(shard.load, on_progress)
+        loading = self._thread.run(shard.load, on_progress, resident_bytes)
         loading.add_done_callback(lambda _: progress.put_nowait(None))
         try:
             while (news := await progress.get()) is not None:

@@ -29,8 +29,8 @@ from potluck.errors import (
     UsageError,
 )
 from potluck.gguf import GgufFile, TensorInfo
-from potluck.model import KvType, ModelConfig
-from potluck.packs import MappedWeights, PackFolder, parts_of
+from potluck.model import SCRATCH_BYTES, KvType, ModelConfig
+from potluck.packs import MappedWeights, PackFolder, unit_bytes
 from potluck.plan import Span
 from potluck.rpc import status
 from potluck.rpc.v1 import types_pb2
@@ -39,9 +39,6 @@ from potluck.wire import Hidden
 from worker.sessions import RowsWork, StepWork
 
 log = logging.getLogger(__name__)
-
-# Beside mapped weights and KV: the buffers of the largest batch, a slab a thread.
-SCRATCH_BYTES = 150 * 10**6
 
 _NAMED_SESSION = re.compile(r"\bsession (\d+)\b")
 
@@ -146,12 +143,13 @@ class Shard:
         self.kv_bytes = 0  # budget, in whole pages
         self._packs = packs
         self._mapped: MappedWeights | None = None
-        self._resident_bytes = 0  # of mapped weights: what may stay in memory
         self._shard: engine.Shard | None = None
         self._buffer: npt.NDArray[np.float32] = np.empty(0, np.float32)
 
-    def check_memory(self, free_bytes: int, room_bytes: int) -> None:
-        """Raises Full if weights and KV are more than `free_bytes`, or what must be in memory of
+    def check_memory(self, free_bytes: int, room_bytes: int) -> int:
+        """How much of mapped weights may stay in memory.
+
+        Raises Full if weights and KV are more than `free_bytes`, or what must be in memory of
         mapped ones is more than `room_bytes`.
         """
         order = self.order
@@ -163,17 +161,20 @@ class Shard:
                 f" {_gib(free_bytes)} GiB are free",
                 remedy="add a worker, lower --context, or give this one more --memory",
             )
-        self._resident_bytes = room_bytes - order.kv_bytes - SCRATCH_BYTES
-        least = 2 * max(sum(t.size_bytes for t in part) for part in parts_of(self.tensors).values())
-        if self._packs is not None and self._resident_bytes < least:
+        resident_bytes = room_bytes - order.kv_bytes - SCRATCH_BYTES
+        least = model.passing_bytes(unit_bytes(self.tensors))
+        if self._packs is not None and resident_bytes < least:
             raise Full(
                 f"{_gib(room_bytes)} GiB of memory are free: too little for KV"
-                f" ({_gib(order.kv_bytes)} GiB) and two layers at a time ({_gib(least)} GiB)",
+                f" ({_gib(order.kv_bytes)} GiB), buffers ({_gib(SCRATCH_BYTES)} GiB) and two layers"
+                f" at a time ({_gib(least)} GiB)",
                 remedy="lower --context or --max-sessions, or free some memory",
             )
+        return resident_bytes
 
-    def load(self, on_progress: Callable[[int, str], None]) -> None:
+    def load(self, on_progress: Callable[[int, str], None], resident_bytes: int) -> None:
         """Reads the weights; on_progress gets bytes done and the matrix just read, and may raise.
+        Of mapped ones `resident_bytes` may stay in memory.
 
         Raises ModelError.
         """
@@ -193,7 +194,7 @@ class Shard:
             self._read(shard, on_progress)
         else:
             self._mapped = MappedWeights(shard, self.file, self.tensors, self._packs)
-            self._mapped.load(on_progress, self._resident_bytes)
+            self._mapped.load(on_progress, resident_bytes)
             if shard.n_streamed:
                 log.info("%d layers do not fit and are read in every step", shard.n_streamed)
         self.shard_bytes, self.kv_bytes = shard.shard_bytes, shard.kv_bytes

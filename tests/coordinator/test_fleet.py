@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.fleet import FORGET_SECONDS, Fleet, Heartbeat, LinkFigures, WorkerState
@@ -84,6 +86,11 @@ def test_a_worker_that_comes_back_offers_what_it_offered_before_it_loaded() -> N
     fleet.lose(A, "silent")
     fleet.register("a", info(free=200), 1, 1.0)
     assert fleet.usable()[0].memory_free_bytes == 1000
+    mapped = replace(info(), room_bytes=700)
+    fleet.register("b", mapped, 2, 0.0)
+    fleet.lose(B, "silent")
+    fleet.register("b", replace(mapped, room_bytes=100), 2, 1.0)
+    assert [worker.room_bytes for worker in fleet.usable()] == [None, 700]
 
 
 def test_a_silent_worker_is_overdue_after_four_seconds() -> None:

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from coordinator.planner import ModelSizes, kv_tokens, plan_for, sizes_of
 from potluck import gguf, model
 from potluck.errors import PlanError
+from potluck.model import SCRATCH_BYTES, passing_bytes
 from potluck.plan import WorkerId, WorkerInfo
 from potluck.testing import TinyShape, write_tiny
 
 MB = 1_000_000
 
 
-def worker(name: str, free: int = 1000 * MB, speed: float = 10e9) -> WorkerInfo:
-    return WorkerInfo(WorkerId(name), "127.0.0.1:1", "avx2", 2, free, free, speed)
+def worker(
+    name: str, free: int = 1000 * MB, speed: float = 10e9, room: int | None = None
+) -> WorkerInfo:
+    return WorkerInfo(WorkerId(name), "127.0.0.1:1", "avx2", 2, free, free, speed, room_bytes=room)
 
 
 def workers(*speeds: float, free: int = 1000 * MB) -> list[WorkerInfo]:
@@ -106,6 +109,26 @@ def test_kv_shrinks_before_the_plan_is_refused() -> None:
     assert kv_tokens(plan, s) == 2 * 64
 
 
+def test_kv_is_never_planned_onto_the_disk_that_mapped_weights_may_use() -> None:
+    s = sizes(10, kv_layer_bytes=10_000)
+    fits = 20 * MB + SCRATCH_BYTES + 2 * 10 * 640_000  # two layers, buffers, two contexts
+    on_disk = worker("a", room=fits)
+    assert kv_tokens(plan_for(s, [worker("a")], 64, 8), s) == 8 * 64
+    assert kv_tokens(plan_for(s, [on_disk], 64, 8), s) == 2 * 64
+    # A head passes through memory as a layer does, and KV then moves to who has room for it.
+    s = sizes(10, kv_layer_bytes=10_000, head_bytes=12 * MB)
+    assert kv_tokens(plan_for(s, [on_disk], 64, 8), s) == 64
+    plan = plan_for(s, [worker("b"), on_disk], 64, 8)
+    assert kv_tokens(plan, s) == 8 * 64
+    assert plan.stages[-1].kv_bytes <= fits - 2 * 12 * MB - SCRATCH_BYTES
+
+
+def test_too_little_room_for_kv_beside_mapped_weights_is_said() -> None:
+    fleet = [worker("a", room=SCRATCH_BYTES), worker("b", room=2 * MB)]
+    with pytest.raises(PlanError, match=r"of that 145\.0 MiB are memory, which KV, buffers"):
+        plan_for(sizes(12), fleet, 64, 1)
+
+
 def test_too_little_memory_is_refused_with_numbers_and_a_remedy() -> None:
     with pytest.raises(PlanError, match=r"needs 1\.1 GiB .* 2 workers offer 190\.7 MiB") as refused:
         plan_for(sizes(12, layer=100 * MB), workers(10, 10, free=100 * MB), 64, 1)
@@ -173,6 +196,22 @@ def test_a_plan_is_never_over_a_workers_memory(
     assert {stage.worker for stage in plan.stages} == set(free)  # each is used; Plan checks layers
     assert all(stage.memory_bytes <= free[stage.worker] for stage in plan.stages)
     assert 32 <= kv_tokens(plan, model) <= 32 * sessions
+
+
+@given(model=models, rooms=st.lists(st.integers(1, 60), min_size=1, max_size=5))
+def test_kv_and_what_passes_fit_into_the_memory_of_workers_that_map(
+    model: ModelSizes, rooms: list[int]
+) -> None:
+    room = {f"w{i}": SCRATCH_BYTES + n * MB for i, n in enumerate(rooms)}
+    try:
+        plan = plan_for(model, [worker(name, room=n) for name, n in room.items()], 32, 8)
+    except PlanError:
+        return
+    for stage in plan.stages:
+        units = [*model.layer_bytes[stage.span.start : stage.span.stop]]
+        units += [model.head_bytes] if stage.has_head else []
+        least = passing_bytes(units) + SCRATCH_BYTES
+        assert stage.kv_bytes + least <= room[stage.worker]
 
 
 @given(fleet=fleets, n_layers=st.integers(5, 9), head=st.integers(0, 3 * MB))

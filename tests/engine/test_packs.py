@@ -122,6 +122,20 @@ def test_the_room_that_a_pack_takes_is_known_before(loader: Loader, folder: Pack
         assert folder.path_of(loader.file, part).stat().st_size == packs.pack_bytes(members)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_counts_as_a_unit_only_if_it_is_the_head(
+    tmp_path: Path, *, tied: bool
+) -> None:
+    file = gguf.read(write_tiny(tmp_path / "tiny.gguf", TinyShape(n_layers=2, tied=tied)))
+    config = model.config_of(file)
+    layers = [model.layer_bytes(file, config, i) for i in range(2)]
+    for start, stop, ends in ((0, 2, [model.head_bytes(file, config)]), (0, 1, [])):
+        tensors = model.span_tensors(
+            file, config, Span(start, stop), embeds=True, has_head=bool(ends)
+        )
+        assert packs.unit_bytes(tensors) == layers[start:stop] + ends
+
+
 def test_a_layer_moves_to_another_span_without_packing(loader: Loader, folder: PackFolder) -> None:
     loader.mapped(folder, span=(0, 3))
     before = {p.name: p.stat().st_ino for p in folder.root.glob("*/*")}

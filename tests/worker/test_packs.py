@@ -85,19 +85,31 @@ async def test_damage_that_can_not_be_repaired_fails_the_step_and_not_the_worker
 async def test_a_shard_may_be_larger_than_memory_but_kv_and_two_layers_must_fit(
     rig: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.shard.SCRATCH_BYTES", 0)
+    monkeypatch.setattr("worker.shard.SCRATCH_BYTES", 2000)
     async with rig(1) as r:
         map_weights(r, tmp_path)
         weights = 0
         for progress in await r.load_one(0, r.load_request(0, (0, 4), 1)):
             weights = progress.total_bytes
         free = weights + 2**20
-        monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(free, free, 2**20 + 70_000, 5))
+        monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(free, free, 2**20 + 72_000, 5))
         await r.load_one(0, r.load_request(0, (0, 4), 2, context_tokens=64))
         assert r.workers[0]._stage.shard._loaded.n_streamed > 0
-        monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(free, free, 2**20 + 1000, 5))
-        with pytest.raises(grpc.aio.AioRpcError, match="too little for KV"):
+        monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(free, free, 2**20 + 3000, 5))
+        said = r"too little for KV .*, buffers \(0\.000 GiB\) and two layers"
+        with pytest.raises(grpc.aio.AioRpcError, match=said):
             await r.load_one(0, r.load_request(0, (0, 4), 3))
+
+
+async def test_only_a_worker_that_maps_tells_what_memory_has_room_for(
+    rig: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(1) as r:
+        monkeypatch.setattr(Memory, "now", lambda *_: MemoryNow(9000, 7000, 5000, 5))
+        assert not (await r.workers[0].resources()).HasField("room_bytes")
+        map_weights(r, tmp_path)
+        told = await r.workers[0].resources()
+        assert (told.memory_free_bytes, told.room_bytes) == (7000, 5000)
 
 
 async def test_a_given_up_load_leaves_a_worker_that_loads_again(
