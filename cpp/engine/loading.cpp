@@ -225,7 +225,7 @@ std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::s
                                const std::vector<TensorSource>& sources) const {
   const WeightFile file(path);
   const PackPlan plan = PlanOf(sources, file);
-  PackWriter writer(pack, plan);
+  PackWriter writer(pack, plan, pool.threads());
   std::vector<std::vector<uint8_t>> buffers(pool.threads());
   for (size_t i = 0; i < sources.size() && writer.why().empty(); ++i) {
     const TensorForm& form = plan.forms()[i];

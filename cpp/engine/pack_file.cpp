@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -94,6 +95,21 @@ uint32_t SumOf(const std::vector<uint32_t>& piece_sums) {
 }
 
 std::string Reason(int error) { return std::generic_category().message(error); }
+
+// What a file system says that does not know a request.
+bool IsUnknown(int error) {
+  return error == EINVAL || error == ENOSYS || error == ENOTSUP || error == EOPNOTSUPP;
+}
+
+// Returns when the file's bytes are on the disk; 0, or why they are not.
+int SyncData(int descriptor) {
+#if defined(__APPLE__)
+  const int done = fsync(descriptor);
+#else
+  const int done = fdatasync(descriptor);
+#endif
+  return done == 0 || IsUnknown(errno) ? 0 : errno;
+}
 
 }  // namespace
 
@@ -227,8 +243,11 @@ void PackFile::Drop() const {
   file_.Drop(0, plan_.file_bytes());
 }
 
-PackWriter::PackWriter(std::string path, const PackPlan& plan)
-    : plan_(plan), path_(std::move(path)), part_path_(path_ + ".part-XXXXXX") {
+PackWriter::PackWriter(std::string path, const PackPlan& plan, size_t threads)
+    : plan_(plan),
+      path_(std::move(path)),
+      part_path_(path_ + ".part-XXXXXX"),
+      on_its_way_(threads) {
   for (const TensorForm& form : plan.forms()) piece_sums_.emplace_back(form.n_pieces());
   descriptor_ = mkostemp(part_path_.data(), O_CLOEXEC);
   // Who finds a part that nobody has locked knows that its writer died (potluck/packs.py).
@@ -252,7 +271,34 @@ void PackWriter::Write(size_t i, const Piece& piece, const uint8_t* packed) {
   const TensorForm& form = plan_.forms()[i];
   const size_t n_bytes = (piece.last - piece.first) * form.panel_bytes();
   piece_sums_[i][piece.first / form.PiecePanels()] = Crc32c(packed, n_bytes);
-  WriteAt(plan_.offset_of(i) + piece.first * form.panel_bytes(), packed, n_bytes);
+  const uint64_t offset = plan_.offset_of(i) + piece.first * form.panel_bytes();
+  WriteAt(offset, packed, n_bytes);
+  SendToDisk(piece.thread, {offset, n_bytes});
+}
+
+// Each thread waits for the piece before its last one: the disk has always something to do, and
+// little is left for the end, when nothing would show that it goes on.
+void PackWriter::SendToDisk(size_t thread, const Range& range) {
+#if defined(__linux__)
+  const auto sync = [&](const Range& which, unsigned how) {
+    if (which.n_bytes == 0 || error_.load(std::memory_order_relaxed) != 0) return;
+    const int done = sync_file_range(descriptor_, static_cast<off_t>(which.offset),
+                                     static_cast<off_t>(which.n_bytes), how);
+    if (done != 0 && !IsUnknown(errno)) Fail(errno);
+  };
+  sync(range, SYNC_FILE_RANGE_WRITE);
+  sync(on_its_way_[thread],
+       SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+  on_its_way_[thread] = range;
+#else
+  static_cast<void>(thread);
+  static_cast<void>(range);
+#endif
+}
+
+void PackWriter::Fail(int error) {
+  int none = 0;
+  error_.compare_exchange_strong(none, error);
 }
 
 void PackWriter::WriteAt(uint64_t offset, const uint8_t* bytes, size_t n_bytes) {
@@ -260,8 +306,7 @@ void PackWriter::WriteAt(uint64_t offset, const uint8_t* bytes, size_t n_bytes) 
     const ssize_t put = pwrite(descriptor_, bytes, n_bytes, static_cast<off_t>(offset));
     if (put < 0 && errno == EINTR) continue;
     if (put <= 0) {
-      int none = 0;
-      error_.compare_exchange_strong(none, put < 0 ? errno : ENOSPC);
+      Fail(put < 0 ? errno : ENOSPC);
       return;
     }
     bytes += put;
@@ -270,22 +315,27 @@ void PackWriter::WriteAt(uint64_t offset, const uint8_t* bytes, size_t n_bytes) 
   }
 }
 
-// No fsync: it would hold up the first start by as long as the disk takes for all of it. What a
-// power failure leaves is found by its checksum.
+// A pack gets its name when it is on the disk. Else its first check would find the bytes in the
+// page cache right that a failing disk then loses, and whoever reads them later computes with
+// others.
 std::string PackWriter::Finish() {
   std::vector<uint32_t> sums;
   sums.reserve(piece_sums_.size());
   for (const std::vector<uint32_t>& of_pieces : piece_sums_) sums.push_back(SumOf(of_pieces));
   const std::vector<uint8_t> header = plan_.Header(sums);
   WriteAt(0, header.data(), header.size());
-  if (error_ == 0 && (ftruncate(descriptor_, static_cast<off_t>(plan_.file_bytes())) != 0 ||
-                      rename(part_path_.c_str(), path_.c_str()) != 0)) {
+  if (error_ == 0 && ftruncate(descriptor_, static_cast<off_t>(plan_.file_bytes())) != 0) {
     error_ = errno;
   }
+  if (error_ == 0) error_ = SyncData(descriptor_);
+  if (error_ == 0 && rename(part_path_.c_str(), path_.c_str()) != 0) error_ = errno;
   if (error_ != 0) return why();
-  close(descriptor_);
-  descriptor_ = -1;
-  return "";
+  // Only now: without its lock, a part is swept away.
+  if (close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) {
+    error_ = errno;
+    unlink(path_.c_str());
+  }
+  return why();
 }
 
 std::string PackWriter::why() const { return error_ == 0 ? "" : Reason(error_); }

@@ -91,24 +91,33 @@ class PackFile {
 // Writes a pack beside its final place and renames it, so that a pack is whole or not there.
 class PackWriter {
  public:
-  PackWriter(std::string path, const PackPlan& plan);
+  PackWriter(std::string path, const PackPlan& plan, size_t threads);
   ~PackWriter();  // without Finish nothing is left
   PackWriter(const PackWriter&) = delete;
   PackWriter& operator=(const PackWriter&) = delete;
 
   // A packed piece of tensor i; from any thread, each piece once.
   void Write(size_t i, const Piece& piece, const uint8_t* packed);
-  // Puts the file in its place. Why that was not possible (a full disk, say); empty: done.
+  // Puts the file in its place once it is on the disk. Why that was not possible (a full disk,
+  // say); empty: done.
   std::string Finish();
   std::string why() const;  // of the first failure; empty: none yet
 
  private:
+  struct Range {
+    uint64_t offset = 0;
+    size_t n_bytes = 0;
+  };
+
   void WriteAt(uint64_t offset, const uint8_t* bytes, size_t n_bytes);
+  void SendToDisk(size_t thread, const Range& range);
+  void Fail(int error);
 
   const PackPlan& plan_;
   std::string path_;
   std::string part_path_;
   int descriptor_ = -1;
+  std::vector<Range> on_its_way_;                  // [thread], to the disk
   std::atomic<int> error_{0};                      // errno of the first failure
   std::vector<std::vector<uint32_t>> piece_sums_;  // [tensor][piece]
 };

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <functional>
 #include <map>
@@ -39,6 +40,9 @@ using tiny::TinyConfig;
 using tiny::TokensOf;
 
 namespace {
+
+// Called when a file is to be on the disk; the errno that this then fails with.
+std::function<int()> on_sync;
 
 const ShardPart kWhole = {0, kLayers, true, true, kKvBytes, 64};
 
@@ -137,6 +141,12 @@ std::map<std::string, std::string> MapAll(Shard& shard, const Folder& folder) {
 }
 
 }  // namespace
+
+// In place of the system's, which can't be made to fail.
+extern "C" int fdatasync(int descriptor) {
+  errno = on_sync ? on_sync() : 0;
+  return errno == 0 ? fsync(descriptor) : -1;
+}
 
 TEST(first_and_second_loads_give_the_bits_of_the_arena_whatever_stays_in_memory) {
   const Folder folder;
@@ -296,6 +306,31 @@ TEST(what_can_not_be_written_is_told_and_leaves_nothing) {
                potluck::ModelError);
   CHECK_THROWS(shard->WritePack(folder.pack("layer0"), folder.model(), {}), potluck::UsageError);
   CHECK_EQ(folder.Names().size(), 1u);
+}
+
+TEST(a_pack_is_on_the_disk_before_it_has_its_name) {
+  const Folder folder;
+  Pool pool(2);
+  auto shard = NewShard(pool);
+  const std::string path = folder.pack("layer0");
+  const auto& tensors = folder.parts().at("layer0");
+  size_t n_syncs = 0;
+  int error = EIO;
+  on_sync = [&] {
+    ++n_syncs;
+    CHECK(access(path.c_str(), F_OK) != 0);
+    return error;
+  };
+  CHECK(shard->WritePack(path, folder.model(), tensors).find("error") != std::string::npos);
+  CHECK_EQ(folder.Names().size(), 1u);
+  for (const int known_by_few : {0, EINVAL, ENOSYS}) {
+    error = known_by_few;
+    CHECK_EQ(shard->WritePack(path, folder.model(), tensors), "");
+    CHECK_EQ(shard->MapPack(path, folder.model(), tensors), "");
+    unlink(path.c_str());
+  }
+  CHECK_EQ(n_syncs, 4u);
+  on_sync = nullptr;
 }
 
 TEST(a_writer_that_is_killed_leaves_no_pack_in_use) {
