@@ -4,7 +4,7 @@ A pack holds a layer, the embedding or the head of one GGUF as the engine wants 
 that a start maps it and packs nothing. It is a cache: whatever is wrong with one, it is made again,
 and where the disk refuses, the weights are kept in memory instead. A pack's path in the folder is
 `<sha256 of the GGUF's header>/<part>.<layout>.pack`. Several processes may use it at the same time:
-packs appear by renaming, and who has mapped one keeps it.
+packs appear by renaming, and who has mapped one keeps it and holds a shared lock on it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PackFolder:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            others = [p for p in self.root.glob("*/*.pack") if p.parent != path.parent]
+            others = [p for p in self._files("*.pack") if p.parent != path.parent]
             oldest_last = sorted(others, key=_used_at, reverse=True)
             while (why := self._shortage(path, n_bytes)) and oldest_last:
                 oldest = oldest_last.pop()
@@ -65,10 +65,19 @@ class PackFolder:
 
     def sweep(self) -> None:
         """Removes what writers that died have left."""
-        for part in self.root.glob("*/*.pack.part-*"):
+        for part in self._files("*.pack.part-*"):
             with contextlib.suppress(OSError), part.open("rb") as opened:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer holds this
                 part.unlink()
+
+    def _files(self, pattern: str) -> list[Path]:
+        """Files of all models' folders; one that `potluck rm` takes away meanwhile has none."""
+        found: list[Path] = []
+        with contextlib.suppress(OSError):
+            for folder in list(self.root.iterdir()):
+                with contextlib.suppress(OSError):
+                    found += folder.iterdir()
+        return [path for path in found if path.match(pattern)]
 
     def _shortage(self, path: Path, n_bytes: int) -> str:
         free_bytes = shutil.disk_usage(path.parent).free
@@ -76,7 +85,7 @@ class PackFolder:
             return f"{free_bytes} bytes of the disk are free, {n_bytes} and a reserve are needed"
         if self.space_bytes is None:
             return ""
-        held = sum(_size_of(p) for p in self.root.glob("*/*.pack") if p != path)
+        held = sum(_size_of(p) for p in self._files("*.pack") if p != path)
         if held + n_bytes > self.space_bytes:
             return f"packs may take {self.space_bytes} bytes, {held} are taken, {n_bytes} needed"
         return ""

@@ -101,6 +101,23 @@ bool IsUnknown(int error) {
   return error == EINVAL || error == ENOSYS || error == ENOTSUP || error == EOPNOTSUPP;
 }
 
+// Whether the file still has a name.
+bool IsLinked(int descriptor) {
+  struct stat status = {};
+  return fstat(descriptor, &status) == 0 && status.st_nlink > 0;
+}
+
+// Locks say who uses a file, to those who would remove it (potluck/packs.py). They hold one for a
+// moment, so waiting is short. Where a file system has no locks nobody knows, and removing a file
+// that is in use does no harm but to the room it was to make. 0, or why there is no lock.
+int Lock(int descriptor, int how) {
+  while (flock(descriptor, how) != 0) {
+    if (errno == EINTR) continue;
+    return IsUnknown(errno) || errno == ENOLCK ? 0 : errno;
+  }
+  return 0;
+}
+
 // Returns when the file's bytes are on the disk; 0, or why they are not.
 int SyncData(int descriptor) {
 #if defined(__APPLE__)
@@ -171,6 +188,14 @@ std::vector<uint32_t> PackPlan::ChecksumsOf(const std::vector<uint8_t>& header) 
 std::unique_ptr<PackFile> PackFile::Open(const std::string& path, PackPlan plan, std::string* why) {
   try {
     WeightFile file(path);
+    if (const int error = Lock(file.descriptor(), LOCK_SH); error != 0) {
+      *why = "can't be locked: " + Reason(error);
+      return nullptr;
+    }
+    if (!IsLinked(file.descriptor())) {
+      *why = "was removed meanwhile";
+      return nullptr;
+    }
     if (file.size_bytes() != plan.file_bytes()) {
       *why = std::to_string(file.size_bytes()) + " bytes, expected " +
              std::to_string(plan.file_bytes());
@@ -244,14 +269,9 @@ void PackFile::Drop() const {
 }
 
 PackWriter::PackWriter(std::string path, const PackPlan& plan, size_t threads)
-    : plan_(plan),
-      path_(std::move(path)),
-      part_path_(path_ + ".part-XXXXXX"),
-      on_its_way_(threads) {
+    : plan_(plan), path_(std::move(path)), on_its_way_(threads) {
   for (const TensorForm& form : plan.forms()) piece_sums_.emplace_back(form.n_pieces());
-  descriptor_ = mkostemp(part_path_.data(), O_CLOEXEC);
-  // Who finds a part that nobody has locked knows that its writer died (potluck/packs.py).
-  if (descriptor_ < 0 || flock(descriptor_, LOCK_EX | LOCK_NB) != 0) error_ = errno;
+  Create();
 #if defined(__linux__)
   // A full disk shows now and not after minutes; file systems that can't tell are no failure.
   if (error_ == 0 && fallocate(descriptor_, 0, 0, static_cast<off_t>(plan.file_bytes())) != 0 &&
@@ -259,6 +279,20 @@ PackWriter::PackWriter(std::string path, const PackPlan& plan, size_t threads)
     error_ = errno;
   }
 #endif
+}
+
+// Who finds a part that nobody has locked knows that its writer died, and removes it. Whoever did
+// so with this one, before it was locked, has not seen the next.
+void PackWriter::Create() {
+  constexpr int kTries = 100;
+  for (int i = 0; i < kTries; ++i) {
+    part_path_ = path_ + ".part-XXXXXX";
+    descriptor_ = mkostemp(part_path_.data(), O_CLOEXEC);
+    error_ = descriptor_ < 0 ? errno : Lock(descriptor_, LOCK_EX);
+    if (error_ != 0 || IsLinked(descriptor_)) return;
+    close(std::exchange(descriptor_, -1));
+  }
+  error_ = ENOENT;
 }
 
 PackWriter::~PackWriter() {

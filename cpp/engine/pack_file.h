@@ -6,7 +6,7 @@
 // is not used. Contents are compared with their checksums when they are first needed, since that
 // is when they must come from the disk anyway. Reading them then is an ordinary read: a bad sector
 // is an error and not a signal. A file is replaced by renaming and never changed, so who has mapped
-// one keeps it.
+// one keeps it, and a shared lock on it tells others so.
 #pragma once
 
 #include <atomic>
@@ -109,6 +109,7 @@ class PackWriter {
     size_t n_bytes = 0;
   };
 
+  void Create();
   void WriteAt(uint64_t offset, const uint8_t* bytes, size_t n_bytes);
   void SendToDisk(size_t thread, const Range& range);
   void Fail(int error);

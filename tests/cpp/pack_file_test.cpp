@@ -4,8 +4,10 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,6 +45,8 @@ namespace {
 
 // Called when a file is to be on the disk; the errno that this then fails with.
 std::function<int()> on_sync;
+// The same for locks.
+std::function<int()> on_lock;
 
 const ShardPart kWhole = {0, kLayers, true, true, kKvBytes, 64};
 
@@ -72,6 +76,7 @@ class Folder {
   Folder(const Folder&) = delete;
   Folder& operator=(const Folder&) = delete;
 
+  const std::string& path() const { return path_; }
   std::string model() const { return path_ + "/model.gguf"; }
   std::string pack(const std::string& part) const { return path_ + "/" + part + ".pack"; }
   const std::map<std::string, std::vector<TensorSource>>& parts() const { return parts_; }
@@ -146,6 +151,10 @@ std::map<std::string, std::string> MapAll(Shard& shard, const Folder& folder) {
 extern "C" int fdatasync(int descriptor) {
   errno = on_sync ? on_sync() : 0;
   return errno == 0 ? fsync(descriptor) : -1;
+}
+extern "C" int flock(int descriptor, int how) noexcept {
+  errno = on_lock ? on_lock() : 0;
+  return errno == 0 ? static_cast<int>(syscall(SYS_flock, descriptor, how)) : -1;
 }
 
 TEST(first_and_second_loads_give_the_bits_of_the_arena_whatever_stays_in_memory) {
@@ -331,6 +340,55 @@ TEST(a_pack_is_on_the_disk_before_it_has_its_name) {
   }
   CHECK_EQ(n_syncs, 4u);
   on_sync = nullptr;
+}
+
+TEST(a_part_that_is_swept_away_before_it_is_locked_is_begun_again) {
+  const Folder folder;
+  const auto& tensors = folder.parts().at("layer0");
+  Pool pool(1);
+  auto shard = NewShard(pool);
+  size_t n_swept = 0;
+  on_lock = [&] {
+    for (const std::string& name : folder.Names()) {
+      if (name.find(".part-") == std::string::npos || n_swept == 3) continue;
+      n_swept += unlink((folder.path() + "/" + name).c_str()) == 0;
+    }
+    return 0;
+  };
+  CHECK_EQ(shard->WritePack(folder.pack("layer0"), folder.model(), tensors), "");
+  on_lock = nullptr;
+  CHECK_EQ(n_swept, 3u);
+  CHECK_EQ(shard->MapPack(folder.pack("layer0"), folder.model(), tensors), "");
+}
+
+TEST(a_file_system_without_locks_holds_packs_too) {
+  const Folder folder;
+  const auto& tensors = folder.parts().at("layer0");
+  Pool pool(1);
+  auto shard = NewShard(pool);
+  for (const int error : {EOPNOTSUPP, ENOSYS, ENOLCK}) {
+    on_lock = [error] { return error; };
+    CHECK_EQ(shard->WritePack(folder.pack("layer0"), folder.model(), tensors), "");
+    CHECK_EQ(shard->MapPack(folder.pack("layer0"), folder.model(), tensors), "");
+  }
+  on_lock = nullptr;
+}
+
+TEST(a_pack_in_use_is_locked_until_its_shard_is_gone) {
+  const Folder folder;
+  Pool pool(1);
+  auto shard = NewShard(pool);
+  WriteAll(*shard, folder);
+  const int other = open(folder.pack("head").c_str(), O_RDONLY);
+  CHECK_EQ(flock(other, LOCK_EX | LOCK_NB), 0);
+  flock(other, LOCK_UN);
+  CHECK(MapAll(*shard, folder).empty());
+  CHECK_EQ(flock(other, LOCK_EX | LOCK_NB), -1);
+  CHECK_EQ(flock(other, LOCK_SH | LOCK_NB), 0);  // several may use it
+  flock(other, LOCK_UN);
+  shard.reset();
+  CHECK_EQ(flock(other, LOCK_EX | LOCK_NB), 0);
+  close(other);
 }
 
 TEST(a_writer_that_is_killed_leaves_no_pack_in_use) {

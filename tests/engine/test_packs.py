@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -329,6 +330,37 @@ def test_what_dead_writers_left_goes_and_what_others_write_stays(
         assert [n for n in names(folder) if "part" in n] == ["layer-1.P8k4.pack.part-ghijkl"]
     loader.mapped(folder)
     assert not any("part" in n for n in names(folder))
+
+
+SWEEPER = """
+import sys, threading
+from pathlib import Path
+from potluck.packs import PackFolder
+is_over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), is_over.set()), daemon=True).start()
+folder = PackFolder(Path(sys.argv[1]))
+print(flush=True)
+while not is_over.is_set():
+    folder.sweep()
+"""
+
+
+def test_a_cache_may_be_swept_by_one_process_while_another_fills_it(
+    loader: Loader, folder: PackFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", SWEEPER, str(folder.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sweeper:
+        assert sweeper.stdout is not None
+        sweeper.stdout.readline()
+        for turn in range(30):
+            root = folder.root / str(turn) if turn % 2 else folder.root
+            shard, _weights = loader.mapped(PackFolder(root))
+            assert len(names(PackFolder(root))) >= 6
+            assert loader.logits(shard).any()
+            shutil.rmtree(folder.root)  # as `potluck rm` does
+        sweeper.communicate()
+    assert sweeper.returncode == 0
+    assert "can't be written" not in caplog.text
 
 
 def test_a_removed_model_takes_its_packs_along(
