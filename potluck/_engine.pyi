@@ -147,9 +147,9 @@ class Shard:
     def map_pack(self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]) -> str:
         """Takes tensors from a pack that write_pack made of the same file.
 
-        Why it can't be used (there is none, or it is not what would be written now), and then
-        nothing has changed; "": they are put. After seal only in place of a pack of the same
-        tensors. ModelError: as put_file.
+        Why it can't be used (there is none, or the system refuses), and then nothing has changed;
+        "": they are put. After seal only in place of a pack of the same tensors. DamagedPack: it is
+        not what would be written now. ModelError: as put_file.
         """
     def damaged_packs(self) -> list[str]:
         """Paths of packs that a forward found damaged."""

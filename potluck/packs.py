@@ -1,10 +1,11 @@
 """Packed weights on disk: where they lie, how much room they take, when they are made again.
 
 A pack holds a layer, the embedding or the head of one GGUF as the engine wants it in memory, so
-that a start maps it and packs nothing. It is a cache: whatever is wrong with one, it is made again,
-and where the disk refuses, the weights are kept in memory instead. A pack's path in the folder is
-`<sha256 of the GGUF's header>/<part>.<layout>.pack`. Several processes may use it at the same time:
-packs appear by renaming, and who has mapped one keeps it and holds a shared lock on it.
+that a start maps it and packs nothing. It is a cache: whatever is wrong with one, it is made again.
+Where the disk refuses at a start, the weights are kept in memory instead; later, steps fail until
+it does not. A pack's path in the folder is `<sha256 of the GGUF's header>/<part>.<layout>.pack`.
+Several processes may use it at the same time: packs appear by renaming, and who has mapped one
+keeps it and holds a shared lock on it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.engine import PACK_LAYOUT, Shard, TensorTuple
-from potluck.errors import ModelError
+from potluck.errors import DamagedPack, ModelError
 from potluck.gguf import GgufFile, TensorInfo
-from potluck.model import EMBEDDING, HEAD
+from potluck.model import EMBEDDING, HEAD, passing_bytes
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +47,32 @@ class PackFolder:
         """The pack of a part (see `parts_of`) of a model."""
         return self.root / file.header_sha256 / f"{part}.{PACK_LAYOUT}.pack"
 
-    def make_room(self, path: Path, n_bytes: int) -> str:
-        """Makes room for a pack at `path` and its folder; "", or why that is impossible.
+    def make_room(self, path: Path, n_bytes: int, keep: Collection[Path] = ()) -> str:
+        """Makes room for a pack at `path`, which it will replace, and makes its folder; "", or why
+        that is impossible, and then nothing has gone.
 
-        Packs of other models go, those first that were not used for longest.
+        Packs of other models go, then other spans and layouts of this one; those first that were
+        not used for longest. Not those to `keep`, nor any that somebody has mapped: their room
+        would not come back.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            others = [p for p in self._files("*.pack") if p.parent != path.parent]
-            oldest_last = sorted(others, key=_used_at, reverse=True)
-            while (why := self._shortage(path, n_bytes)) and oldest_last:
-                oldest = oldest_last.pop()
-                log.info("%s makes room", oldest)
-                oldest.unlink(missing_ok=True)
+            missing, why = self._shortage(path, n_bytes)
+            if missing <= 0:
+                return ""
+            candidates = [p for p in self._files("*.pack") if p != path and p not in keep]
+            candidates.sort(key=lambda p: (p.parent == path.parent, _used_at(p)))
+            unused = {p: _size_of(p) for p in candidates if not _is_mapped(p)}
+            if sum(unused.values()) < missing:
+                return why
+            for old, size in unused.items():
+                if missing > 0 and _remove_unused(old):
+                    log.info("%s makes room", old)
+                    missing -= size
+            missing, why = self._shortage(path, n_bytes)
         except OSError as e:
             return f"{e.filename}: {e.strerror}"
-        return why
+        return why if missing > 0 else ""
 
     def sweep(self) -> None:
         """Removes what writers that died have left."""
@@ -79,16 +90,22 @@ class PackFolder:
                     found += folder.iterdir()
         return [path for path in found if path.match(pattern)]
 
-    def _shortage(self, path: Path, n_bytes: int) -> str:
+    def _shortage(self, path: Path, n_bytes: int) -> tuple[int, str]:
+        """Bytes that a pack at `path` lacks, 0 or less if it lacks none, and what it lacks."""
         free_bytes = shutil.disk_usage(path.parent).free
-        if free_bytes < n_bytes + RESERVE_BYTES:
-            return f"{free_bytes} bytes of the disk are free, {n_bytes} and a reserve are needed"
+        # What it replaces goes when the new one is whole; others have no less room then.
+        reserve_bytes = 0 if _size_of(path) else RESERVE_BYTES
+        on_disk = n_bytes + reserve_bytes - free_bytes
+        said = f"{free_bytes} bytes of the disk are free, {n_bytes} are needed"
+        if reserve_bytes:
+            said += f" and {reserve_bytes} for others"
         if self.space_bytes is None:
-            return ""
+            return on_disk, said
         held = sum(_size_of(p) for p in self._files("*.pack") if p != path)
-        if held + n_bytes > self.space_bytes:
-            return f"packs may take {self.space_bytes} bytes, {held} are taken, {n_bytes} needed"
-        return ""
+        in_space = held + n_bytes - self.space_bytes
+        if in_space > on_disk:
+            said = f"packs may take {self.space_bytes} bytes, {held} are taken, {n_bytes} needed"
+        return max(on_disk, in_space), said
 
 
 def parts_of(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
@@ -130,9 +147,12 @@ class MappedWeights:
         self._shard = shard
         self._file = file
         self._packs = packs
+        self._tensors = list(tensors)
         self._parts = {
-            str(packs.path_of(file, part)): members for part, members in parts_of(tensors).items()
+            str(packs.path_of(file, part)): members
+            for part, members in parts_of(self._tensors).items()
         }
+        self._wrong: set[str] = set()  # packs that are there and are not what they should be
         self._repairs: Counter[str] = Counter()
 
     def load(self, on_progress: Callable[[int, str], None], resident_bytes: int) -> None:
@@ -144,13 +164,18 @@ class MappedWeights:
         """
         self._packs.sweep()
         done_bytes, refused = 0, ""
+        in_memory: list[TensorInfo] = []
         for path, tensors in self._parts.items():
             n_bytes = sum(tensor.size_bytes for tensor in tensors)
             if why := self._map(path) and self._make(path):
-                if n_bytes > resident_bytes:
+                in_memory += tensors
+                # What is mapped, or will be, passes through memory.
+                mapped = [t for t in self._tensors if t not in in_memory]
+                left_bytes = resident_bytes - passing_bytes(unit_bytes(mapped))
+                if n_bytes > left_bytes:
                     raise ModelError(
                         f"{path} can't be written ({why}), and its {n_bytes} bytes do not fit into"
-                        f" the {resident_bytes} of memory that are left",
+                        f" the {max(0, left_bytes)} of memory that are left",
                         remedy="make room on that disk, or set POTLUCK_CACHE to another one",
                     )
                 resident_bytes -= n_bytes
@@ -168,32 +193,46 @@ class MappedWeights:
         Raises ModelError if they can't be written, or are damaged again and again.
         """
         for path in self._shard.damaged_packs():
-            self._repairs[path] += 1
-            if self._repairs[path] > MOST_REPAIRS:
+            if self._repairs[path] == MOST_REPAIRS:
                 raise ModelError(f"{path}: the disk returns other bytes than were written")
             log.warning("%s was damaged and is made again", path)
             if why := self._make(path):
                 raise ModelError(f"{path} is damaged and can't be made again: {why}")
+            self._repairs[path] += 1
 
     def _map(self, path: str) -> str:
         """Takes the tensors from a pack that is there; "", or why not."""
-        why = self._shard.map_pack(path, str(self._file.path), self._sources(path))
+        try:
+            why = self._shard.map_pack(path, str(self._file.path), self._sources(path))
+        except DamagedPack as e:
+            why = e.message
+            self._wrong.add(path)
         if not why:
+            self._wrong.discard(path)
             with contextlib.suppress(OSError):
                 os.utime(path)  # when it was last used
         elif Path(path).exists():
-            log.info("%s is made again: %s", path, why)
+            log.info("%s; it is made again", why)
         return why
 
     def _make(self, path: str) -> str:
-        """Writes a pack and takes the tensors from it; "", or why that was impossible."""
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
+        """Writes a pack and takes the tensors from it; "", or why that was impossible.
+
+        One that is there stays until the new one takes its place. Only if it is known to be wrong,
+        and there is no room for both, it goes before.
+        """
+        why = self._make_room(path)
+        if why and path in self._wrong and _remove_unused(Path(path)):
+            why = self._make_room(path)
         return (
-            self._packs.make_room(Path(path), pack_bytes(self._parts[path]))
+            why
             or self._shard.write_pack(path, str(self._file.path), self._sources(path))
             or self._map(path)
         )
+
+    def _make_room(self, path: str) -> str:
+        keep = {Path(p) for p in self._parts}
+        return self._packs.make_room(Path(path), pack_bytes(self._parts[path]), keep)
 
     def _keep_in_memory(self, tensors: list[TensorInfo]) -> None:
         for t in tensors:
@@ -210,6 +249,38 @@ def _used_at(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:  # another process removed it
         return 0.0
+
+
+@contextlib.contextmanager
+def _unused(path: Path) -> Iterator[bool]:
+    """Whether nobody has mapped a pack; nobody can until the context ends."""
+    try:
+        opened = path.open("rb")
+    except OSError:  # gone, or not ours to read
+        yield False
+        return
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks here: nobody knows
+            pass
+        yield True
+
+
+def _is_mapped(path: Path) -> bool:
+    with _unused(path) as is_unused:
+        return not is_unused
+
+
+def _remove_unused(path: Path) -> bool:
+    """Removes a pack that nobody has mapped; whether it is gone."""
+    with _unused(path) as is_unused:
+        if is_unused:
+            path.unlink(missing_ok=True)
+        return is_unused
 
 
 def _size_of(path: Path) -> int:

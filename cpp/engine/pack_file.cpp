@@ -189,32 +189,32 @@ std::unique_ptr<PackFile> PackFile::Open(const std::string& path, PackPlan plan,
   try {
     WeightFile file(path);
     if (const int error = Lock(file.descriptor(), LOCK_SH); error != 0) {
-      *why = "can't be locked: " + Reason(error);
+      *why = path + ": can't be locked: " + Reason(error);
       return nullptr;
     }
     if (!IsLinked(file.descriptor())) {
-      *why = "was removed meanwhile";
+      *why = path + ": removed meanwhile";
       return nullptr;
     }
     if (file.size_bytes() != plan.file_bytes()) {
-      *why = std::to_string(file.size_bytes()) + " bytes, expected " +
-             std::to_string(plan.file_bytes());
-      return nullptr;
+      throw DamagedPack(path + ": " + std::to_string(file.size_bytes()) + " bytes, expected " +
+                        std::to_string(plan.file_bytes()));
     }
     std::vector<uint8_t> header(plan.offset_of(0));
     file.Read(0, header.size(), header.data());
     std::vector<uint32_t> sums = plan.ChecksumsOf(header);
     if (sums.empty()) {
-      *why = "made from another file or by another version, or damaged";
-      return nullptr;
+      throw DamagedPack(path + ": made from another file or by another version, or damaged");
     }
     void* mapped = mmap(nullptr, plan.file_bytes(), PROT_READ, MAP_SHARED, file.descriptor(), 0);
     if (mapped == MAP_FAILED) {
-      *why = "can't be mapped: " + Reason(errno);
+      *why = path + ": can't be mapped: " + Reason(errno);
       return nullptr;
     }
     return std::unique_ptr<PackFile>(new PackFile(std::move(file), std::move(plan), std::move(sums),
                                                   static_cast<uint8_t*>(mapped)));
+  } catch (const DamagedPack&) {
+    throw;
   } catch (const ModelError& error) {
     *why = error.what();
     return nullptr;

@@ -55,7 +55,8 @@ class PackPlan {
 // A mapped pack. Check and Drop are for the thread that computes, ReadAhead for another.
 class PackFile {
  public:
-  // Null if the file is not exactly what the plan says; *why tells in what, for a log.
+  // Null if it can't be used, which *why tells, for a log: there is none, or the system refuses.
+  // DamagedPack: it is not what the plan says.
   static std::unique_ptr<PackFile> Open(const std::string& path, PackPlan plan, std::string* why);
   ~PackFile();
   PackFile(const PackFile&) = delete;

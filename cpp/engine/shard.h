@@ -47,8 +47,9 @@ class Shard {
   std::string WritePack(const std::string& pack, const std::string& path,
                         const std::vector<TensorSource>& sources);
   // Takes tensors from a pack that WritePack made of the same file. Why it can't be used (there is
-  // none, or it is not what would be written now), and then nothing has changed; empty: they are
-  // put. After Seal only in place of a pack of the same tensors. ModelError: as PutFile.
+  // none, or the system refuses), and then nothing has changed; empty: they are put. After Seal
+  // only in place of a pack of the same tensors. DamagedPack: it is not what would be written now.
+  // ModelError: as PutFile.
   std::string MapPack(const std::string& pack, const std::string& path,
                       const std::vector<TensorSource>& sources);
   // Packs that a Forward found damaged.

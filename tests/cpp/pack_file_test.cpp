@@ -209,10 +209,15 @@ TEST(every_other_header_size_or_source_is_refused_with_its_reason) {
   const std::string path = folder.pack("layer1");
   const auto& tensors = folder.parts().at("layer1");
   const auto right = Folder::Read(path);
-  const auto why = [&](const std::vector<uint8_t>& bytes) {
+  const auto why = [&](const std::vector<uint8_t>& bytes) -> std::string {
     unlink(path.c_str());  // never in place: others may have mapped it
     Folder::Write(path, bytes);
-    return shard->MapPack(path, folder.model(), tensors);
+    try {
+      CHECK_EQ(shard->MapPack(path, folder.model(), tensors), "");
+      return "";
+    } catch (const potluck::DamagedPack& error) {
+      return error.what();
+    }
   };
   for (const size_t size : {size_t{0}, size_t{1}, size_t{4096}, right.size() - 1}) {
     CHECK(!why({right.begin(), right.begin() + static_cast<ptrdiff_t>(size)}).empty());
@@ -232,7 +237,7 @@ TEST(every_other_header_size_or_source_is_refused_with_its_reason) {
   CHECK(!why(Folder::Read(folder.pack("layer2"))).empty());
   unlink(path.c_str());
   mkdir(path.c_str(), 0700);
-  CHECK(!shard->MapPack(path, folder.model(), tensors).empty());
+  CHECK_THROWS(shard->MapPack(path, folder.model(), tensors), potluck::DamagedPack);
   rmdir(path.c_str());
   CHECK(!shard->MapPack(path, folder.model(), tensors).empty());
   CHECK_EQ(why(right), "");
@@ -240,7 +245,7 @@ TEST(every_other_header_size_or_source_is_refused_with_its_reason) {
   auto again = NewShard(pool);
   const timespec times[2] = {{0, UTIME_OMIT}, {1, 5}};
   utimensat(AT_FDCWD, folder.model().c_str(), times, 0);
-  CHECK(!again->MapPack(path, folder.model(), tensors).empty());
+  CHECK_THROWS(again->MapPack(path, folder.model(), tensors), potluck::DamagedPack);
 }
 
 TEST(contents_that_changed_are_found_before_they_are_used_and_can_be_made_again) {

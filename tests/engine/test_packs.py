@@ -11,6 +11,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -248,7 +250,7 @@ def test_where_nothing_can_be_written_weights_are_kept_in_memory(
     np.testing.assert_array_equal(loader.logits(shard), loader.in_memory())
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "what is not on disk is kept in memory" in caplog.text
-    with pytest.raises(ModelError, match="do not fit into the 1000 of memory"):
+    with pytest.raises(ModelError, match="do not fit into the 0 of memory"):
         loader.mapped(PackFolder(tmp_path / "file"), resident_bytes=1000)
 
 
@@ -307,6 +309,137 @@ def test_packs_take_no_more_room_than_allowed_and_the_oldest_go_first(
     assert sum(p.stat().st_size for p in folder.root.glob("*/*")) <= own // 2
     assert 0 < len(names(folder)) < 6
     assert "packs may take" in caplog.text
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+
+
+def test_own_packs_of_another_span_or_layout_go_after_those_of_other_models(
+    loader: Loader, folder: PackFolder
+) -> None:
+    own = folder.path_of(loader.file, "head").parent
+    loader.mapped(folder)
+    used = sum(p.stat().st_size for p in own.iterdir())
+    shutil.rmtree(own)
+    old = [own / name for name in ("layer-7.P8k4.pack", "layer-0.P8k2.pack", "layer-9.P8k4.pack")]
+    old.append(folder.root / "other" / "layer-0.P8k4.pack")
+    for i, path in enumerate(old):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(used // 3))
+        os.utime(path, (i, i))
+    for space, left in ((3, [False, True, True, False]), (2, [False, False, True, False])):
+        small = PackFolder(folder.root, used * (3 + space - 1) // 3)
+        loader.mapped(small)
+        assert [path.exists() for path in old] == left
+        for path in own.glob("layer-[0-3].P8k4.pack"):
+            path.unlink()
+
+
+def test_packs_that_somebody_uses_stay_and_none_goes_in_vain(
+    loader: Loader, folder: PackFolder, tmp_path: Path
+) -> None:
+    file = gguf.read(write_tiny(tmp_path / "other.gguf", TinyShape(n_layers=3)))
+    using, _weights = Loader(file, loader.machine).mapped(folder)
+    other = folder.path_of(file, "head").parent
+    used = {p.name: p.stat().st_size for p in other.iterdir()}
+    unused = other / "layer-8.P8k4.pack"
+    unused.write_bytes(bytes(200_000))
+    path = folder.path_of(loader.file, "layer-0")
+    exact = sum(used.values())
+    assert "are taken" in PackFolder(folder.root, exact + 99_999).make_room(path, 100_000)
+    assert unused.exists()
+    assert PackFolder(folder.root, exact + 100_000).make_room(path, 100_000) == ""
+    assert {p.name: p.stat().st_size for p in other.iterdir()} == used
+    del using, _weights
+    assert PackFolder(folder.root, 100_000).make_room(path, 100_000) == ""
+    assert not list(other.iterdir())
+
+
+class RefusingShard:
+    """A shard whose system maps or writes nothing."""
+
+    def __init__(self, shard: engine.Shard, refused: str) -> None:
+        self._shard = shard
+        self._refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._refused:
+            return lambda *_: "Too many open files"
+        return getattr(self._shard, name)
+
+
+def test_a_good_pack_stays_when_it_can_be_neither_mapped_nor_written(
+    loader: Loader, folder: PackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.mapped(folder)
+    before = {p: p.stat().st_ino for p in folder.root.glob("*/*")}
+    shard, tensors = loader.empty(0, loader.n_layers)
+    refusing: Any = RefusingShard(shard, "map_pack")
+    monkeypatch.setattr(PackFolder, "make_room", lambda *_: "the disk is full")
+    MappedWeights(refusing, loader.file, tensors, folder).load(lambda *_: None, EVERYTHING)
+    assert {p: p.stat().st_ino for p in folder.root.glob("*/*")} == before
+    np.testing.assert_array_equal(loader.logits(shard), loader.in_memory())
+
+
+def test_a_wrong_pack_gives_its_room_to_the_right_one_where_there_is_none_for_both(
+    loader: Loader, folder: PackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = loader.logits(loader.mapped(folder)[0])
+    path = folder.path_of(loader.file, "layer-1")
+    right = path.read_bytes()
+    path.unlink()
+    path.write_bytes(right[:40] + b"\xff" + right[41:])
+    monkeypatch.setattr(packs, "RESERVE_BYTES", 0)
+
+    def usage(_path: Path) -> Any:
+        free = len(right) - (path.stat().st_size if path.exists() else 0)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr("potluck.packs.shutil.disk_usage", usage)
+    shard, _weights = loader.mapped(folder)
+    assert path.read_bytes() == right
+    np.testing.assert_array_equal(loader.logits(shard), expected)
+
+
+def test_weights_kept_in_memory_leave_room_for_two_layers_that_pass(
+    loader: Loader, folder: PackFolder
+) -> None:
+    _shard, tensors = loader.empty(0, loader.n_layers)
+    parts = packs.parts_of(tensors)
+    loader.mapped(folder)
+    folder.path_of(loader.file, "layer-3").unlink()
+    layer = sum(t.size_bytes for t in parts["layer-3"])
+    others = packs.unit_bytes([t for t in tensors if t not in parts["layer-3"]])
+    least = layer + 2 * max(others)
+    for resident_bytes in (least, least - 1):
+        shard, tensors = loader.empty(0, loader.n_layers)
+        refusing: Any = RefusingShard(shard, "write_pack")
+        weights = MappedWeights(refusing, loader.file, tensors, folder)
+        if resident_bytes == least:
+            weights.load(lambda *_: None, resident_bytes)
+            np.testing.assert_array_equal(loader.logits(shard), loader.in_memory())
+        else:
+            with pytest.raises(ModelError, match=f"fit into the {layer - 1} of memory"):
+                weights.load(lambda *_: None, resident_bytes)
+
+
+def test_a_repair_needs_no_reserve_and_counts_only_if_something_was_written(
+    loader: Loader, folder: PackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = loader.logits(loader.mapped(folder)[0])
+    path = folder.path_of(loader.file, "layer-1")
+    data = bytearray(path.read_bytes())
+    data[64 * 1024 + 7] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    shard, weights = loader.mapped(folder)
+    with pytest.raises(DamagedPack):
+        loader.logits(shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackFolder, "make_room", lambda *_: "the disk is full")
+        for _ in range(2 * packs.MOST_REPAIRS):
+            with pytest.raises(ModelError, match="can't be made again: the disk is full"):
+                weights.repair()
+    monkeypatch.setattr(packs, "RESERVE_BYTES", 2**60)
+    weights.repair()
     np.testing.assert_array_equal(loader.logits(shard), expected)
 
 
