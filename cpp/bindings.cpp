@@ -342,6 +342,9 @@ void BindShard(py::module_& m) {
           "shard_bytes",
           [](const Shard& shard) { return WithoutGil([&] { return shard.shard_bytes(); }); })
       .def_property_readonly(
+          "mapped_bytes",
+          [](const Shard& shard) { return WithoutGil([&] { return shard.mapped_bytes(); }); })
+      .def_property_readonly(
           "n_streamed",
           [](const Shard& shard) { return WithoutGil([&] { return shard.n_streamed(); }); })
       .def_property_readonly("kv_bytes", &Shard::kv_bytes)

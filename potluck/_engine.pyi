@@ -189,9 +189,14 @@ class Shard:
         """Makes a running forward stop between layers (Cancelled); without one it does nothing."""
     @property
     def progress(self) -> int:
-        """Phases finished since the shard was made; rises during a forward."""
+        """Phases finished since the shard was made; rises during a forward, and with each MiB of
+        weights that is read or written.
+        """
     @property
     def shard_bytes(self) -> int: ...
+    @property
+    def mapped_bytes(self) -> int:
+        """Of these, in packs."""
     @property
     def n_streamed(self) -> int:
         """Layers (and head) that are read from the disk in every step."""

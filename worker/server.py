@@ -143,7 +143,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     async def resources(self) -> types_pb2.Resources:
         """What a shard and its KV may take: what is free, and what this one's shard would free."""
         held = self._stage.shard.shard_bytes if self._stage else 0
-        memory = await asyncio.to_thread(self.memory.now, held)
+        mapped = self._stage.shard.mapped_bytes if self._stage else 0
+        memory = await asyncio.to_thread(self.memory.now, mapped)
         resources = types_pb2.Resources(
             machine=self.machine.name,
             platform=self.machine.platform,
@@ -155,7 +156,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             read_bytes_per_second=self.machine.read_bytes_per_second,
         )
         if self._packs is not None:
-            resources.room_bytes = memory.room_bytes
+            resources.room_bytes = memory.room_bytes + held - mapped
         return resources
 
     def loaded(self) -> worker_pb2.LoadedShard | None:
@@ -178,8 +179,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     async def heartbeat(self, instance: int) -> cluster_pb2.HeartbeatRequest:
         """How this worker is now."""
         stage = self._stage
-        held = stage.shard.shard_bytes if stage else 0
-        memory = await asyncio.to_thread(self.memory.now, held)
+        mapped = stage.shard.mapped_bytes if stage else 0
+        memory = await asyncio.to_thread(self.memory.now, mapped)
         state = cluster_pb2.WORKER_STATE_READY if stage else cluster_pb2.WORKER_STATE_JOINING
         beat = cluster_pb2.HeartbeatRequest(
             worker=self.name,
@@ -225,7 +226,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             await self._stage.free_sessions()
 
     async def close(self) -> None:
-        """Ends the stage, and a load at its next matrix; then nothing runs in the engine thread."""
+        """Ends the stage, and a load at its next matrix or pack; then the engine thread ends."""
         self._is_closing = True
         await self._drop_stage()
         await asyncio.to_thread(self._thread.close)
@@ -293,7 +294,10 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     async def _fill(
         self, shard: Shard, resident_bytes: int
     ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
-        """Loads in the engine thread; stops at the next matrix if nobody listens any more."""
+        """Loads in the engine thread; stops at the next matrix or pack if nobody listens any more.
+
+        One of them may take minutes on a slow disk: meanwhile the engine's counter tells.
+        """
         loop = asyncio.get_running_loop()
         progress: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
         is_given_up = False
@@ -306,10 +310,22 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self.is_loading = True
         loading = self._thread.run(shard.load, on_progress, resident_bytes)
         loading.add_done_callback(lambda _: progress.put_nowait(None))
+        done_bytes, matrix, counted = 0, "", 0
         try:
-            while (news := await progress.get()) is not None:
+            while True:
+                try:
+                    async with asyncio.timeout(options.LOAD_NEWS_SECONDS):
+                        news = await progress.get()
+                except TimeoutError:
+                    if shard.progress == counted:
+                        continue
+                else:
+                    if news is None:
+                        break
+                    done_bytes, matrix = news
+                counted = shard.progress
                 yield worker_pb2.LoadProgress(
-                    done_bytes=news[0], total_bytes=shard.weights_bytes, matrix=news[1]
+                    done_bytes=done_bytes, total_bytes=shard.weights_bytes, matrix=matrix
                 )
             await loading
         finally:

@@ -140,6 +140,7 @@ class Shard:
         self._worker = worker
         # Kept here: the engine's own properties wait while a step is in it.
         self.shard_bytes = 0  # of packed weights
+        self.mapped_bytes = 0  # of these, on disk
         self.kv_bytes = 0  # budget, in whole pages
         self._packs = packs
         self._mapped: MappedWeights | None = None
@@ -190,6 +191,7 @@ class Shard:
             max_sessions=order.max_sessions,
             kv_type=order.kv_type.value,
         )
+        self._shard = shard  # its progress is asked for meanwhile
         if self._packs is None:
             self._read(shard, on_progress)
         else:
@@ -198,7 +200,7 @@ class Shard:
             if shard.n_streamed:
                 log.info("%d layers do not fit and are read in every step", shard.n_streamed)
         self.shard_bytes, self.kv_bytes = shard.shard_bytes, shard.kv_bytes
-        self._shard = shard
+        self.mapped_bytes = shard.mapped_bytes
 
     def _read(self, shard: engine.Shard, on_progress: Callable[[int, str], None]) -> None:
         reading = ""
@@ -271,7 +273,7 @@ class Shard:
         """Gives weights and KV back to the system, whoever still knows this object."""
         self._shard = self._mapped = None
         self._buffer = np.empty(0, np.float32)
-        self.shard_bytes = self.kv_bytes = 0
+        self.shard_bytes = self.mapped_bytes = self.kv_bytes = 0
 
     def cancel(self) -> None:
         """Stops a running forward between two layers. Any thread."""
@@ -280,7 +282,7 @@ class Shard:
 
     @property
     def progress(self) -> int:
-        """Phases finished. Any thread."""
+        """Phases finished and pieces loaded. Any thread."""
         return shard.progress if (shard := self._shard) is not None else 0
 
     @property

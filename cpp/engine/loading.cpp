@@ -144,7 +144,8 @@ void Loading::CheckTied(const Slot& slot) const {
   throw ModelError(name + ": this shard holds " + other + " as its head already");
 }
 
-void Loading::PutFile(Pool& pool, const TensorSource& source, const std::string& path) {
+void Loading::PutFile(Pool& pool, const TensorSource& source, const std::string& path,
+                      std::atomic<uint64_t>* progress) {
   Slot& slot = Claim(source);
   if (slot.n_panels_missing != slot.has_panel.size() || !slot.pending.empty()) {
     throw ModelError(source.name + ": put twice, some rows of it from memory");
@@ -154,7 +155,7 @@ void Loading::PutFile(Pool& pool, const TensorSource& source, const std::string&
   PackFromFile(
       pool, slot.form, file, source.offset_bytes,
       [&](const Piece& piece) { return slot.place + piece.first * panel_bytes; },
-      [](const Piece&, const uint8_t*) {});
+      [&](const Piece&, const uint8_t*) { progress->fetch_add(1, std::memory_order_relaxed); });
   slot.has_panel.assign(slot.has_panel.size(), true);
   slot.n_panels_missing = 0;
 }
@@ -222,7 +223,8 @@ PackPlan Loading::PlanOf(const std::vector<TensorSource>& sources, const WeightF
 }
 
 std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::string& path,
-                               const std::vector<TensorSource>& sources) const {
+                               const std::vector<TensorSource>& sources,
+                               std::atomic<uint64_t>* progress) const {
   const WeightFile file(path);
   const PackPlan plan = PlanOf(sources, file);
   PackWriter writer(pack, plan, pool.threads());
@@ -236,7 +238,10 @@ std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::s
           buffer.resize((piece.last - piece.first) * form.panel_bytes());
           return buffer.data();
         },
-        [&](const Piece& piece, const uint8_t* packed) { writer.Write(i, piece, packed); });
+        [&](const Piece& piece, const uint8_t* packed) {
+          writer.Write(i, piece, packed);
+          progress->fetch_add(1, std::memory_order_relaxed);
+        });
   }
   return writer.Finish();
 }
@@ -276,8 +281,10 @@ std::vector<std::string> Loading::DamagedPacks() const {
   return paths;
 }
 
-size_t Loading::used_bytes() const {
-  size_t bytes = arena_.used_bytes();
+size_t Loading::used_bytes() const { return arena_.used_bytes() + mapped_bytes(); }
+
+size_t Loading::mapped_bytes() const {
+  size_t bytes = 0;
   for (const auto& pack : packs_) bytes += pack->size_bytes();
   return bytes;
 }

@@ -6,6 +6,7 @@
 // threads at once (Shard's mutex); the pool's threads share a tensor by panels.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -36,13 +37,15 @@ class Loading {
  public:
   Loading(const Config& config, const ShardPart& part);
 
-  // As the functions of Shard.
+  // As the functions of Shard. Those that read a file count its pieces in *progress.
   std::vector<TensorShape> Matrices() const;
-  void PutFile(Pool& pool, const TensorSource& source, const std::string& path);
+  void PutFile(Pool& pool, const TensorSource& source, const std::string& path,
+               std::atomic<uint64_t>* progress);
   void Put(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,
            size_t cols, size_t first_row, const uint8_t* data, size_t size_bytes);
   std::string WritePack(Pool& pool, const std::string& pack, const std::string& path,
-                        const std::vector<TensorSource>& sources) const;
+                        const std::vector<TensorSource>& sources,
+                        std::atomic<uint64_t>* progress) const;
   std::string MapPack(const std::string& pack, const std::string& path,
                       const std::vector<TensorSource>& sources);
   std::vector<std::string> DamagedPacks() const;
@@ -50,7 +53,8 @@ class Loading {
   // ModelError names what is missing.
   SpanWeights Seal();
 
-  size_t used_bytes() const;
+  size_t used_bytes() const;  // mapped ones included
+  size_t mapped_bytes() const;
 
  private:
   struct Slot {

@@ -251,7 +251,8 @@ void Shard::PutFile(const std::string& name, const std::string& type_name, size_
                     const std::string& path, uint64_t offset_bytes) {
   const Lock lock(state_->mutex);
   if (state_->is_sealed) throw ModelError(name + ": put after seal");
-  state_->loading.PutFile(state_->pool, {name, type_name, rows, cols, offset_bytes}, path);
+  state_->loading.PutFile(state_->pool, {name, type_name, rows, cols, offset_bytes}, path,
+                          &state_->progress);
 }
 
 void Shard::Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
@@ -264,7 +265,7 @@ void Shard::Put(const std::string& name, const std::string& type_name, size_t ro
 std::string Shard::WritePack(const std::string& pack, const std::string& path,
                              const std::vector<TensorSource>& sources) {
   const Lock lock(state_->mutex);
-  return state_->loading.WritePack(state_->pool, pack, path, sources);
+  return state_->loading.WritePack(state_->pool, pack, path, sources, &state_->progress);
 }
 
 std::string Shard::MapPack(const std::string& pack, const std::string& path,
@@ -353,6 +354,11 @@ const Config& Shard::config() const { return state_->config; }
 size_t Shard::shard_bytes() const {
   const Lock lock(state_->mutex);
   return state_->loading.used_bytes();
+}
+
+size_t Shard::mapped_bytes() const {
+  const Lock lock(state_->mutex);
+  return state_->loading.mapped_bytes();
 }
 
 size_t Shard::n_streamed() const {

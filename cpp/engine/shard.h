@@ -82,13 +82,14 @@ class Shard {
 
   // Makes a running Forward stop between layers; without one it does nothing.
   void Cancel();
-  // Phases finished since the shard was made.
+  // Phases finished since the shard was made, and pieces of weights read or written (about 1 MiB).
   uint64_t progress() const;
 
   bool embeds() const;
   bool has_head() const;
   const Config& config() const;
   size_t shard_bytes() const;    // of packed weights, mapped ones included
+  size_t mapped_bytes() const;   // of these, in packs
   size_t n_streamed() const;     // layers (and head) that are read from the disk in every step
   size_t scratch_bytes() const;  // of buffers for the largest batch so far
   size_t kv_bytes() const;       // budget, in whole pages

@@ -20,6 +20,7 @@ HEARTBEAT_SECONDS = 0.5  # interval
 HEARTBEAT_DEADLINE_SECONDS = 2.0
 LOST_SECONDS = 4.0  # without a heartbeat
 LOAD_STALL_SECONDS = 30.0  # a load without progress
+LOAD_NEWS_SECONDS = 5.0  # at most between two messages of a load that goes on
 CANCEL_SECONDS = 2.0
 DRAIN_SECONDS = 30.0
 ACK_SECONDS = 10.0  # a step that the next stage does not acknowledge

@@ -322,6 +322,22 @@ TEST(what_can_not_be_written_is_told_and_leaves_nothing) {
   CHECK_EQ(folder.Names().size(), 1u);
 }
 
+TEST(writing_and_reading_count_as_progress) {
+  const Folder folder;
+  Pool pool(2);
+  auto shard = NewShard(pool);
+  for (const auto& [part, tensors] : folder.parts()) {
+    const uint64_t before = shard->progress();
+    CHECK_EQ(shard->WritePack(folder.pack(part), folder.model(), tensors), "");
+    CHECK(shard->progress() >= before + tensors.size());
+  }
+  const uint64_t before = shard->progress();
+  for (const TensorSource& t : folder.parts().at("head")) {
+    shard->PutFile(t.name, t.type_name, t.rows, t.cols, folder.model(), t.offset_bytes);
+  }
+  CHECK(shard->progress() > before);
+}
+
 TEST(a_pack_is_on_the_disk_before_it_has_its_name) {
   const Folder folder;
   Pool pool(2);

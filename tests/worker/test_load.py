@@ -239,6 +239,31 @@ async def test_a_load_that_nobody_waits_for_is_given_up(
         await r.run(OPEN, ROWS)
 
 
+async def test_a_load_that_goes_on_inside_one_matrix_says_so(
+    rig: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potluck.rpc.options.LOAD_NEWS_SECONDS", 0.01)
+    heard = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(shard: Any, file: Any, tensors: Any, _on_progress: Any) -> None:
+        for t in tensors:
+            place = (str(file.path), t.offset_bytes)
+            shard.put_file(t.name, t.type_name, t.rows, t.cols, *place)
+            asyncio.run_coroutine_threadsafe(heard.wait(), loop).result(10)
+        shard.seal()
+
+    async with rig(1) as r:
+        monkeypatch.setattr(engine, "load", slow)
+        call = r.stub(0).Load(r.load_request(0, (0, 4), 1))
+        async with asyncio.timeout(10):
+            news = await call.read()
+            assert (news.done_bytes, news.total_bytes > 0) == (0, True)
+            heard.set()
+            while not news.HasField("ready"):
+                news = await call.read()
+
+
 async def test_describe_tells_what_is_here(rig: Callable[[int], Any]) -> None:
     async with rig(1) as r:
         request = worker_pb2.DescribeRequest(hello=types_pb2.Hello(protocol=1))

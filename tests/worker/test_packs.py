@@ -112,6 +112,33 @@ async def test_only_a_worker_that_maps_tells_what_memory_has_room_for(
         assert (told.memory_free_bytes, told.room_bytes) == (7000, 5000)
 
 
+async def test_weights_that_are_in_memory_are_not_counted_as_mapped(
+    rig: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(1) as r:
+        map_weights(r, tmp_path)
+        (worker,) = r.workers
+        await r.load()
+        assert worker._stage.shard.mapped_bytes == worker.loaded().shard_bytes
+        monkeypatch.setattr(PackFolder, "make_room", lambda *_: "the disk is full")
+        for path in packs_of(tmp_path):
+            if "layer" in path.name:
+                path.unlink()
+        await r.load_one(0, r.load_request(0, (0, 4), 2, context_tokens=64))
+        held, mapped = worker.loaded().shard_bytes, worker._stage.shard.mapped_bytes
+        assert 0 < mapped < held
+
+        def now(_self: Memory, mapped_bytes: int) -> MemoryNow:
+            assert mapped_bytes == mapped
+            return MemoryNow(9000, 7000, 5000, 5)
+
+        monkeypatch.setattr(Memory, "now", now)
+        told = await worker.resources()
+        assert told.memory_free_bytes == 7000 + held
+        assert told.room_bytes == 5000 + held - mapped
+        assert (await worker.heartbeat(1)).memory_free_bytes == 7000
+
+
 async def test_a_given_up_load_leaves_a_worker_that_loads_again(
     rig: Callable[[int], Any], tmp_path: Path
 ) -> None:

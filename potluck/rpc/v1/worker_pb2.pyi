@@ -237,6 +237,8 @@ Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
 
 @_typing.final
 class LoadProgress(_message.Message):
+    """After each matrix or pack; the same again every 5 s while the next one goes on."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DONE_BYTES_FIELD_NUMBER: _builtins.int
@@ -247,7 +249,7 @@ class LoadProgress(_message.Message):
     """of the file's tensors in this span"""
     total_bytes: _builtins.int
     matrix: _builtins.str
-    """being loaded"""
+    """the last one that was loaded"""
     @_builtins.property
     def ready(self) -> Global___LoadedShard:
         """set in the last message only"""
