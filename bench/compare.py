@@ -174,6 +174,11 @@ def rounds_of(
     return Rounds(seconds[None], [seconds[setting] for setting in range(n_settings)])
 
 
+def settings(subject: measuring.Subject) -> int:
+    """How many of SETTINGS take part; llama.cpp's q8_0 wants heads of whole blocks of 32."""
+    return 3 if subject.kv_type is KvType.Q8 and subject.config.head_dim % 32 == 0 else 2
+
+
 def row_of(
     subject: measuring.Subject,
     test: measuring.Test,
@@ -213,7 +218,6 @@ def compare(
     common = [str(subject.path), "--threads", str(threads)]
     names = [test.name for test in tests]
     own = ["--isa", args.isa, "--kv-type", args.kv_type]
-    n_settings = 3 if args.kv_type == "q8" else 2
     side = str(HERE / "potluck_side.py")
     llama_side = str(HERE / "llama_side.py")
     with (
@@ -234,7 +238,7 @@ def compare(
         for test in tests:
             room = max(t.room for t in tests if t.n_sessions == test.n_sessions)
             before = float(ours.ask(do="read")["bytes_per_second"])
-            rounds = rounds_of(test, room, ours, theirs, args.rounds, n_settings)
+            rounds = rounds_of(test, room, ours, theirs, args.rounds, settings(subject))
             bandwidth = max(before, float(ours.ask(do="read")["bytes_per_second"]))
             one = rows.get(replace(test, n_sessions=1).name) if test.n_sessions > 1 else None
             rows[test.name] = row_of(subject, test, rounds, bandwidth, one, about)
@@ -291,7 +295,9 @@ def check(args: argparse.Namespace) -> None:
 
 def check_memory(subject: measuring.Subject, tests: list[measuring.Test]) -> None:
     """Both sides hold the weights and llama.cpp a KV of each setting. Raises PlanError."""
-    needed = 2 * subject.size_bytes + (1 + len(SETTINGS)) * subject.kv_bytes(tests)
+    f16 = replace(subject, kv_type=KvType.F16).kv_bytes(tests)
+    theirs = sum(f16 if kv == "f16" else f16 * 17 // 32 for _, kv in SETTINGS[: settings(subject)])
+    needed = 2 * subject.size_bytes + subject.kv_bytes(tests) + theirs
     free = memory.share_bytes(1)
     if free is not None and needed > free:
         sides = f"both sides need {quantities.memory(needed)}, {quantities.memory(free)} are free"

@@ -21,7 +21,7 @@ from typing import IO, Protocol
 from potluck import __version__, catalogue
 
 SIZE_BYTES = 96 * 2**20  # beyond most caches, within the margin of a worker
-TUNING_BYTES = 64 * 2**20  # of weights
+TUNING_BYTES = 128 * 2**20  # of weights: beyond most caches
 SECONDS = 0.3  # of reading; the best round counts
 FIRST_ROUNDS = 3  # which tell how many SECONDS are
 VALID_SECONDS = 600.0  # how long others take the figure over

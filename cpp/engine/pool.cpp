@@ -113,6 +113,8 @@ bool Pool::State::ComeIn(size_t thread, uint64_t* seen) {
   if (thread >= used.load(std::memory_order_relaxed)) return false;
   uint64_t found = gate.load(std::memory_order_acquire);
   while ((found & kOpen) != 0) {
+    // `used` changes between runs only, so what is read here is that of the run which is entered.
+    if (thread >= used.load(std::memory_order_relaxed)) return false;
     if (gate.compare_exchange_weak(found, found + kOneIn, std::memory_order_acq_rel)) break;
   }
   *seen = RunOf(found);

@@ -34,6 +34,7 @@ double ReadBandwidth(Pool& pool, size_t size_bytes, size_t rounds) {
     throw UsageError("size_bytes: at least 1 MiB a thread, " + std::to_string(least) + ", not " +
                      std::to_string(size_bytes));
   if (rounds == 0) throw UsageError("rounds: at least 1");
+  const Pinned pinned(pool);
   const size_t pieces = size_bytes / kPieceBytes;
   const std::unique_ptr<uint64_t[]> words(new uint64_t[pieces * kPieceWords]);
   // Written before it is read: pages never touched are all one page of zeros, which stays in cache.

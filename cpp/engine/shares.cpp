@@ -82,10 +82,12 @@ bool Shares::Refill(size_t thread) {
 
 void Shares::Learn(size_t parts) {
   if (n_pieces_ < kTellingPieces * parts) return;
+  double total = 0;  // which these threads keep beside the others
+  for (size_t part = 0; part < parts; ++part) total += speeds_[part];
   for (size_t part = 0; part < parts; ++part) {
-    const double done = static_cast<double>(shares_[part].done * parts);
-    const double speed = done / static_cast<double>(n_pieces_);
-    speeds_[part] = std::max(kSlowest, speeds_[part] + (speed - speeds_[part]) * kLearning);
+    const double done = static_cast<double>(shares_[part].done) / static_cast<double>(n_pieces_);
+    const double change = (done * total - speeds_[part]) * kLearning;
+    speeds_[part] = std::max(kSlowest, speeds_[part] + change);
   }
 }
 

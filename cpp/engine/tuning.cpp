@@ -88,9 +88,12 @@ void TuneThreads(Pool& pool, const MatMulTable& table, size_t weight_bytes) {
     throw UsageError("weight_bytes: at least 1 MiB, not " + std::to_string(weight_bytes));
   if (pool.threads() == 1) return;
   const WeightType type = WeightType::kQ4_0;
-  MatMulBenchmark decode(table, type, kWidth, kWidth, 1, weight_bytes);
-  MatMulBenchmark prefill(table, type, kPrefillWeights, kWidth, kPrefillRows, weight_bytes);
-  const size_t for_decode = Fewest(pool, decode);
+  const Pinned pinned(pool);
+  const size_t for_decode = [&] {
+    MatMulBenchmark decode(table, type, kWidth, kWidth, 1, weight_bytes);
+    return Fewest(pool, decode);
+  }();
+  MatMulBenchmark prefill(table, type, kPrefillWeights, kWidth, kPrefillRows, 1);
   const size_t for_prefill = Fewest(pool, prefill);
   pool.Allot(for_decode, for_prefill);
 }

@@ -79,6 +79,14 @@ TEST(shares_become_proportional_to_speed) {
   CHECK(std::fabs(shares.speed(3) - 1.0) < 0.1);
 }
 
+TEST(runs_of_some_threads_tell_nothing_of_the_others) {
+  Shares shares(4);
+  for (int run = 0; run < 200; ++run) TimeOfRun(shares, {1, 1, 3, 3}, 128, 8);
+  for (int run = 0; run < 200; ++run) TimeOfRun(shares, {1, 1}, 128, 8);
+  CHECK(std::fabs(shares.speed(0) - 1.5) < 0.1);
+  CHECK(std::fabs(shares.speed(3) - 0.5) < 0.1);
+}
+
 TEST(unequal_cores_finish_together) {
   Shares shares(8);
   const std::vector<double> cost = {1, 1, 1, 1, 3, 3, 3, 3};

@@ -161,7 +161,7 @@ def test_fewer_threads_that_are_as_fast_are_told_of(caplog: pytest.LogCaptureFix
     assert [r.getMessage() for r in caplog.records] == [
         "decode uses 1 of 4 threads, prompts 4: as fast as all"
     ]
-    assert engine.asked == [64 * 2**20, 2**20]
+    assert engine.asked == [128 * 2**20, 2**20]
 
 
 def test_workers_that_start_together_tune_one_after_another() -> None:

@@ -107,8 +107,7 @@ __attribute__((noinline)) void MultiplyNarrow(const uint8_t* record, size_t k, c
     const uint8_t* codes = record + Type::kRuns;
     for (size_t run = 0; run < 8; ++run, codes += Type::kRunBytes, x += 32 * R) {
       for (size_t line = 0; line < Type::kRecordBytes / 8; line += 64) {
-        const uint8_t* ahead =
-            record + kNarrowPrefetchBytes + run * (Type::kRecordBytes / 8) + line;
+        const uint8_t* ahead = record + kFarPrefetchBytes + run * (Type::kRecordBytes / 8) + line;
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
       }
       AddRun<Type, R>(total, codes, sub, run, x);
