@@ -240,7 +240,7 @@ class Shard:
             except Cancelled:
                 rows = [row for row in rows if not is_stale(row.session)]
             except DamagedPack:
-                rows = self._repair(rows, output)
+                rows = [row for row in self._repair(rows, output) if not is_stale(row.session)]
             except (SessionError, UsageError) as e:
                 guilty = self._guilty(rows, e)
                 output.failures.append(self._failure(guilty, e))

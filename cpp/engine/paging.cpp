@@ -39,18 +39,31 @@ class Reader {
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
+  // Unit i is not read ahead until this is called with another, or with none.
+  void Omit(std::optional<size_t> i) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      omitted_ = i;
+    }
+    changed_.notify_one();
+  }
   // Unit i is used from now on. The one after it may be read meanwhile, if it is another.
   void Begin(size_t i) {
-    position_ += (i + units_.size() - position_ % units_.size()) % units_.size();
+    MoveTo(i);
     Want(position_, position_ + (units_.size() > 1 ? 2 : 1));
   }
-  // It is not used any more.
-  void End() {
+  // Unit i is not used any more, or not at all in this step.
+  void End(size_t i) {
+    MoveTo(i);
     ++position_;
     Want(position_, position_ + 1);
   }
 
  private:
+  void MoveTo(size_t i) {
+    position_ += (i + units_.size() - position_ % units_.size()) % units_.size();
+  }
+
   // Positions [first, last) are wanted, and none before.
   void Want(uint64_t first, uint64_t last) {
     {
@@ -64,7 +77,7 @@ class Reader {
   void Serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (!is_stopping_) {
-      if (next_ == last_) {
+      if (next_ == last_ || next_ % units_.size() == omitted_) {
         changed_.wait(lock);
         continue;
       }
@@ -94,6 +107,7 @@ class Reader {
   std::condition_variable changed_;
   uint64_t next_ = 0;  // positions [next_, last_) are to be read
   uint64_t last_ = 1;
+  std::optional<size_t> omitted_;
   bool is_stopping_ = false;
   std::thread thread_;
 };
@@ -149,11 +163,21 @@ Paging::Paging(const SpanWeights& span, size_t resident_bytes) : state_(std::mak
   }
   state.n_streamed = passing.size();
   // Only some rows of it are used, unless it is the head as well.
-  state.drops_embedding = state.n_streamed > 0 && span.embedding_packs != span.head_packs;
+  const Unit& head = span.head_packs;
+  const bool is_tied = std::any_of(
+      state.embedding.begin(), state.embedding.end(),
+      [&](PackFile* pack) { return std::find(head.begin(), head.end(), pack) != head.end(); });
+  state.drops_embedding = state.n_streamed > 0 && !is_tied;
   if (!passing.empty()) state.reader = std::make_unique<Reader>(std::move(passing));
 }
 
 Paging::~Paging() = default;
+
+void Paging::Start(bool uses_head) {
+  State& state = *state_;
+  if (state.reader == nullptr) return;
+  state.reader->Omit(uses_head ? std::nullopt : state.streamed.back());
+}
 
 void Paging::EnterEmbedding(Pool& pool, std::atomic<uint64_t>* progress) {
   State& state = *state_;
@@ -174,8 +198,15 @@ void Paging::Leave(size_t unit) {
   State& state = *state_;
   if (!state.streamed[unit]) return;
   for (const PackFile* pack : state.units[unit]) pack->Drop();
-  state.reader->End();
+  state.reader->End(*state.streamed[unit]);
 }
+
+PagedUnit::PagedUnit(Paging& paging, size_t unit, Pool& pool, std::atomic<uint64_t>* progress)
+    : paging_(paging), unit_(unit) {
+  paging_.Enter(unit, pool, progress);
+}
+
+PagedUnit::~PagedUnit() { paging_.Leave(unit_); }
 
 size_t Paging::n_streamed() const { return state_->n_streamed; }
 

@@ -31,11 +31,13 @@ class Paging {
   Paging(const Paging&) = delete;
   Paging& operator=(const Paging&) = delete;
 
+  // Before a step; one that does not use the head has it not read ahead.
+  void Start(bool uses_head);
   // Before a use of the embedding or of a unit. The first one compares its packs with their
   // checksums. DamagedPack: they differ.
   void EnterEmbedding(Pool& pool, std::atomic<uint64_t>* progress);
   void Enter(size_t unit, Pool& pool, std::atomic<uint64_t>* progress);
-  // After a use.
+  // After a use, or in place of one in a step that has none.
   void Leave(size_t unit);
 
   size_t n_streamed() const;
@@ -43,6 +45,19 @@ class Paging {
  private:
   struct State;
   std::unique_ptr<State> state_;
+};
+
+// A use of a unit, to the end of the scope.
+class PagedUnit {
+ public:
+  PagedUnit(Paging& paging, size_t unit, Pool& pool, std::atomic<uint64_t>* progress);
+  ~PagedUnit();
+  PagedUnit(const PagedUnit&) = delete;
+  PagedUnit& operator=(const PagedUnit&) = delete;
+
+ private:
+  Paging& paging_;
+  size_t unit_;
 };
 
 }  // namespace potluck

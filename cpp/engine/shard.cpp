@@ -185,6 +185,7 @@ void Shard::State::Begin(Step& step, const Input& input) {
   ReserveScratch(step, batch.n_rows(), batch.n_wanted());
   attention.Plan(batch.sessions());
   TurnAngles(step, rope);
+  paging->Start(batch.n_wanted() > 0);
   if (part.embeds) {
     paging->EnterEmbedding(pool, &progress);
     Embed(step, span.embedding, tokens.data());
@@ -198,11 +199,10 @@ void Shard::State::RunLayers(Step& step, std::vector<double>* seconds) {
     StopIfCancelled();
     const auto start = Clock::now();
     if (batch.n_rows() > 0) {
-      paging->Enter(layer, pool, &progress);
+      const PagedUnit unit(*paging, layer, pool, &progress);
       if (!RunLayer(step, span.layers[layer], layer)) {
         Refuse("layer " + std::to_string(part.start + layer), failure.row());
       }
-      paging->Leave(layer);
     }
     seconds->push_back(SecondsSince(start));
   }
@@ -210,14 +210,17 @@ void Shard::State::RunLayers(Step& step, std::vector<double>* seconds) {
 
 void Shard::State::GiveLogits(Step& step, float* output) {
   const std::vector<size_t>& wanted = batch.wanted();
-  if (wanted.empty()) return;
+  const size_t head = span.layers.size();
+  if (wanted.empty()) {
+    if (batch.n_rows() > 0) paging->Leave(head);
+    return;
+  }
   for (size_t i = 0; i < wanted.size(); ++i) {
     std::copy_n(scratch.x.data() + wanted[i] * config.dim, config.dim,
                 scratch.wanted.data() + i * config.dim);
   }
-  paging->Enter(span.layers.size(), pool, &progress);
+  const PagedUnit unit(*paging, head, pool, &progress);
   if (!RunHead(step, span, wanted.size(), output)) Refuse("head", wanted[failure.row()]);
-  paging->Leave(span.layers.size());
 }
 
 void Shard::State::GiveHidden(float* output) const {

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from potluck.errors import DamagedPack
 from potluck.packs import PackFolder
 from potluck.rpc.v1 import types_pb2
 from worker.probe import Memory, MemoryNow
@@ -80,6 +81,29 @@ async def test_damage_that_can_not_be_repaired_fails_the_step_and_not_the_worker
         assert "is damaged and can't be made again: the disk is full" in result.failures[0].message
         monkeypatch.undo()
         assert (await r.run(ROWS)).rows
+
+
+async def test_rows_that_went_stale_during_a_repair_are_not_run(
+    rig: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(1) as r:
+        map_weights(r, tmp_path)
+        await r.load()
+        stage = r.workers[0]._stage
+        await r.run(OPEN)
+
+        def damaged(*_: Any) -> None:
+            raise DamagedPack("a pack")
+
+        def repair() -> None:
+            stage.flush(2, ())
+            monkeypatch.undo()
+
+        monkeypatch.setattr(stage.shard, "_forward", damaged)
+        monkeypatch.setattr(stage.shard._mapped, "repair", repair)
+        result = await r.run(ROWS)
+        assert (len(result.rows), len(result.failures)) == (0, 0)
+        assert stage.shard._loaded.length(1) == 0
 
 
 async def test_a_shard_may_be_larger_than_memory_but_kv_and_two_layers_must_fit(
