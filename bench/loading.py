@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, packs: Path) -> dict[str, list[dict[str, f
             command = [sys.executable, __file__, str(args.model), "--way", way]
             command += ["--threads", str(args.threads), "--packs", str(packs)]
             command += ["--resident-share", str(args.resident_share)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             figures[way].append(json.loads(out))
     print(file=sys.stderr)
     return figures

@@ -298,6 +298,13 @@ void BindShard(py::module_& m) {
           },
           py::arg("pack"), py::arg("path"), py::arg("tensors"))
       .def(
+          "pack_bytes",
+          [](const Shard& shard, const std::vector<SourceTuple>& tensors) {
+            const auto sources = SourcesOf(tensors);
+            return WithoutGil([&] { return shard.PackBytes(sources); });
+          },
+          py::arg("tensors"))
+      .def(
           "map_pack",
           [](Shard& shard, const std::string& pack, const std::string& path,
              const std::vector<SourceTuple>& tensors) {

@@ -144,6 +144,8 @@ class Shard:
         Takes no memory for them. Why the pack could not be written (a full disk, say); "": it is
         there. ModelError: as put_file.
         """
+    def pack_bytes(self, tensors: list[tuple[str, str, int, int, int]]) -> int:
+        """What a pack of these takes on disk. ModelError: a tensor is not of the span."""
     def map_pack(self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]) -> str:
         """Takes tensors from a pack that write_pack made of the same file.
 

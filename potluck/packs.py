@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 RESERVE_BYTES = 2**30
 # A disk that returns other bytes than were written so often is not asked again.
 MOST_REPAIRS = 3
-_PAGE_BYTES = 64 * 1024  # tensors of a pack begin at multiples
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -129,15 +128,6 @@ def unit_bytes(tensors: Sequence[TensorInfo]) -> list[int]:
     return [*parts.values(), *([head + embedding * is_tied] if head else [])]
 
 
-def pack_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """What a pack of these takes on disk: their size in the GGUF and a few pages."""
-    size = _PAGE_BYTES  # the header
-    for t in tensors:
-        rows = -(-t.rows // 8) * 8 if t.rows > 1 else 1  # of the last panel too; vectors have none
-        size += -(-(t.size_bytes // t.rows * rows) // _PAGE_BYTES) * _PAGE_BYTES
-    return size
-
-
 class MappedWeights:
     """The tensors of one shard as packs. For the thread that calls the shard."""
 
@@ -232,7 +222,8 @@ class MappedWeights:
 
     def _make_room(self, path: str) -> str:
         keep = {Path(p) for p in self._parts}
-        return self._packs.make_room(Path(path), pack_bytes(self._parts[path]), keep)
+        n_bytes = self._shard.pack_bytes(self._sources(path))
+        return self._packs.make_room(Path(path), n_bytes, keep)
 
     def _keep_in_memory(self, tensors: list[TensorInfo]) -> None:
         for t in tensors:

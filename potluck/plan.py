@@ -12,6 +12,9 @@ from potluck.errors import PlanError
 
 WorkerId = NewType("WorkerId", str)
 
+# Where a worker has its weights: in memory, or in files of the cache that are mapped.
+WEIGHTS = ("arena", "mmap")
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from potluck import __version__
 from potluck.errors import UsageError
+from potluck.plan import WEIGHTS
 from potluck.rpc import PROTOCOL, options
 
 DEFAULT_HOST = "127.0.0.1"
-# In memory of the process, or in files of the cache that are mapped (potluck/packs.py).
-WEIGHTS = ("arena", "mmap")
 _ID = re.compile(r"[a-z0-9-]{1,32}")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -32,7 +31,7 @@ class Settings:
     pinned: bool = False  # threads keep to CPUs of their own
     isa: str = "auto"
     memory_bytes: int | None = None  # None: what is free
-    weights: str = "arena"  # where they are while the worker runs; one of WEIGHTS
+    weights: str = "arena"  # one of WEIGHTS
     pack_space_bytes: int | None = None  # of weights on disk; None: what the disk has
     stop_with_stdin: bool = False
     log_level: str = "info"

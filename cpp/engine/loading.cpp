@@ -21,6 +21,8 @@ std::string LayerTensor(size_t layer, const char* name) {
   return "blk." + std::to_string(layer) + "." + name + ".weight";
 }
 
+PackSource SourceOf(const WeightFile& file) { return {file.size_bytes(), file.modified_ns()}; }
+
 size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 }  // namespace
@@ -214,19 +216,23 @@ void Loading::PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row,
 }
 
 // The pack of these tensors as it must be.
-PackPlan Loading::PlanOf(const std::vector<TensorSource>& sources, const WeightFile& file) const {
+PackPlan Loading::PlanOf(const std::vector<TensorSource>& sources, const PackSource& file) const {
   if (sources.empty()) throw UsageError("a pack of no tensors");
   std::vector<TensorForm> forms;
   forms.reserve(sources.size());
   for (const TensorSource& source : sources) forms.push_back(FormOf(source));
-  return {std::move(forms), {file.size_bytes(), file.modified_ns()}};
+  return {std::move(forms), file};
+}
+
+uint64_t Loading::PackBytes(const std::vector<TensorSource>& sources) const {
+  return PlanOf(sources, {}).file_bytes();
 }
 
 std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::string& path,
                                const std::vector<TensorSource>& sources,
                                std::atomic<uint64_t>* progress) const {
   const WeightFile file(path);
-  const PackPlan plan = PlanOf(sources, file);
+  const PackPlan plan = PlanOf(sources, SourceOf(file));
   PackWriter writer(pack, plan, pool.threads());
   std::vector<std::vector<uint8_t>> buffers(pool.threads());
   for (size_t i = 0; i < sources.size() && writer.why().empty(); ++i) {
@@ -248,7 +254,7 @@ std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::s
 
 std::string Loading::MapPack(const std::string& pack, const std::string& path,
                              const std::vector<TensorSource>& sources) {
-  PackPlan plan = PlanOf(sources, WeightFile(path));
+  PackPlan plan = PlanOf(sources, SourceOf(WeightFile(path)));
   for (const TensorSource& source : sources) {
     const Slot& slot = Find(source.name);
     if (slot.place != nullptr) throw ModelError(source.name + ": put twice");

@@ -46,6 +46,7 @@ class Loading {
   std::string WritePack(Pool& pool, const std::string& pack, const std::string& path,
                         const std::vector<TensorSource>& sources,
                         std::atomic<uint64_t>* progress) const;
+  uint64_t PackBytes(const std::vector<TensorSource>& sources) const;
   std::string MapPack(const std::string& pack, const std::string& path,
                       const std::vector<TensorSource>& sources);
   std::vector<std::string> DamagedPacks() const;
@@ -77,7 +78,7 @@ class Loading {
   Slot& Claim(const TensorSource& source);
   void CheckTied(const Slot& slot) const;
   void PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row, const uint8_t* data);
-  PackPlan PlanOf(const std::vector<TensorSource>& sources, const WeightFile& file) const;
+  PackPlan PlanOf(const std::vector<TensorSource>& sources, const PackSource& file) const;
   void CheckComplete() const;
   Matrix MatrixOf(const std::string& name) const;
   const float* VectorOf(const std::string& name) const;

@@ -10,7 +10,6 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <system_error>
 #include <type_traits>
 #include <utility>
 
@@ -21,9 +20,9 @@
 namespace potluck {
 namespace {
 
-// Raised whenever the meaning of a header or the order of rows changes. How a type is packed is
-// told by LayoutSum, without anybody's help.
-constexpr uint32_t kFormat = 1;
+// Raised whenever the meaning of a header or the order of rows changes. How a type is packed, and
+// in which pieces it is summed, are told by LayoutSum and piece_panels, without anybody's help.
+constexpr uint32_t kFormat = 2;
 constexpr char kMagic[] = "potluck pack";
 constexpr uint32_t kByteOrder = 0x01020304;
 // Tensors begin at pages of the largest size that Linux has.
@@ -52,7 +51,7 @@ struct Entry {
   uint32_t is_vector;
   uint32_t layout_sum;
   uint32_t sum;  // SumOf the crc32c of the pieces
-  uint32_t unused;
+  uint32_t piece_panels;
 };
 static_assert(std::has_unique_object_representations_v<Head>, "no padding in a file");
 static_assert(std::has_unique_object_representations_v<Entry>, "no padding in a file");
@@ -93,8 +92,6 @@ uint32_t LayoutSum(const TensorForm& form) {
 uint32_t SumOf(const std::vector<uint32_t>& piece_sums) {
   return Crc32c(piece_sums.data(), piece_sums.size() * sizeof(uint32_t));
 }
-
-std::string Reason(int error) { return std::generic_category().message(error); }
 
 // What a file system says that does not know a request.
 bool IsUnknown(int error) {
@@ -165,6 +162,7 @@ std::vector<uint8_t> PackPlan::Header(const std::vector<uint32_t>& checksums) co
     entry.rope_dim = static_cast<uint32_t>(form.rope_dim);
     entry.is_vector = form.is_vector ? 1 : 0;
     entry.layout_sum = LayoutSum(form);
+    entry.piece_panels = static_cast<uint32_t>(form.PiecePanels());
     entry.sum = checksums[i];
     std::memcpy(bytes.data() + sizeof(Head) + i * sizeof(Entry), &entry, sizeof(Entry));
   }

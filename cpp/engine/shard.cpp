@@ -271,6 +271,11 @@ std::string Shard::WritePack(const std::string& pack, const std::string& path,
   return state_->loading.WritePack(state_->pool, pack, path, sources, &state_->progress);
 }
 
+uint64_t Shard::PackBytes(const std::vector<TensorSource>& sources) const {
+  const Lock lock(state_->mutex);
+  return state_->loading.PackBytes(sources);
+}
+
 std::string Shard::MapPack(const std::string& pack, const std::string& path,
                            const std::vector<TensorSource>& sources) {
   const Lock lock(state_->mutex);

@@ -46,6 +46,8 @@ class Shard {
   // could not be written (a full disk, say); empty: it is there. ModelError: as PutFile.
   std::string WritePack(const std::string& pack, const std::string& path,
                         const std::vector<TensorSource>& sources);
+  // What that takes on disk. ModelError: as PutFile, of what the sources say.
+  uint64_t PackBytes(const std::vector<TensorSource>& sources) const;
   // Takes tensors from a pack that WritePack made of the same file. Why it can't be used (there is
   // none, or the system refuses), and then nothing has changed; empty: they are put. After Seal
   // only in place of a pack of the same tensors. DamagedPack: it is not what would be written now.

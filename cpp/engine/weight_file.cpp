@@ -11,11 +11,8 @@
 #include "engine/errors.h"
 
 namespace potluck {
-namespace {
 
 std::string Reason(int error) { return std::generic_category().message(error); }
-
-}  // namespace
 
 WeightFile::WeightFile(std::string path)
     // O_NONBLOCK: opening a pipe would wait for its writer. Files don't heed it.

@@ -7,6 +7,9 @@
 
 namespace potluck {
 
+// What the system says of an errno.
+std::string Reason(int error);
+
 // An open file, closed with the object. Any thread may read at any time.
 class WeightFile {
  public:

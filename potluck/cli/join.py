@@ -7,6 +7,7 @@ import os
 import sys
 
 from potluck.cli import programs, running, values
+from potluck.plan import WEIGHTS
 
 HELP = "Make this machine a worker of a cluster"
 
@@ -49,7 +50,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("arena", "mmap"),
+        choices=WEIGHTS,
         help="arena (default): in memory; mmap: on disk too, for a quick start and for more layers"
         " than memory holds",
     )
