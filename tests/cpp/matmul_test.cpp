@@ -222,8 +222,8 @@ TEST(MoreRowsThanABandHaveTheSameBits) {
   }
 }
 
-// 12 and 13 rows are groups of 4 and of 3 where floats have tiles for 8 panels; 160 and 672 leave a
-// rest of a chunk of K.
+// 66 rows are groups of 4 and of 3 where floats have tiles for 8 panels; 160 and 672 leave a rest
+// of a chunk of K.
 TEST(ManyPanelsAndAnOddLastOneHaveTheSameBits) {
   for (const WeightType type : kAllTypes) {
     const bool is_k = InfoOf(type).block_values == 256;

@@ -1,8 +1,8 @@
 // F32, F16 and BF16 weights on AVX-512: one fma chain an output, k rising; activations as they are.
 //
 // A vector holds one k of two panels. A chain waits 4 cycles for each of two fma a cycle, so a tile
-// keeps at least 8 chains in flight where there are rows for that. Beyond kTileRows rows the
-// weights of a chunk of K are made f32 once for all rows.
+// keeps at least 8 chains in flight where there are rows for that. For many rows the weights of a
+// chunk of K are made f32 once.
 #include "engine/kernels/avx512vnni_matmul.h"
 
 namespace potluck {
@@ -10,8 +10,12 @@ namespace avx512vnni {
 namespace {
 
 constexpr size_t kPrefetchBytes = 4096;
-constexpr size_t kWideVectors = 4;  // of a tile of many rows: 8 panels
-constexpr size_t kChunk = 128;      // k; widened weights take 32 KiB of L1 and L2
+// From so many rows on widening pays for 8 panels, and for 4, which it serves less: below, a tile
+// that widens as it goes is faster (Zen 5: 12 rows of F16, 8 panels, by a third).
+constexpr size_t kRowsForEight = 40;
+constexpr size_t kRowsForFour = 97;
+constexpr size_t kMostVectors = 4;  // of a tile of many rows: 8 panels
+constexpr size_t kChunk = 128;      // k; widened weights of 8 panels take 32 KiB of L1 and L2
 
 struct F32 {
   static constexpr size_t kStep = 32;  // bytes of 8 rows at one k
@@ -100,65 +104,65 @@ void MultiplyRows(const uint8_t* panels, size_t panel_bytes, const PreparedRows&
   }
 }
 
-// k [first, last) of 8 panels, widened: [k][64].
-template <class Type>
+// k [first, last) of 2 V panels, widened: [k][16 V].
+template <class Type, size_t V>
 void Widen(const uint8_t* panels, size_t panel_bytes, size_t first, size_t last, float* to) {
   for (size_t i = first; i < last; ++i) {
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kWideVectors; ++v, to += 16) {
+    for (size_t v = 0; v < V; ++v, to += 16) {
       const uint8_t* at = panels + 2 * v * panel_bytes + i * Type::kStep;
       _mm512_store_ps(to, Type::LoadRows(at, at + panel_bytes));
     }
   }
 }
 
-// Goes on with the outputs of S rows and 8 panels over k [first, last) of widened weights.
-template <size_t S>
+// Goes on with the outputs of S rows and 2 V panels over k [first, last) of widened weights.
+template <size_t V, size_t S>
 __attribute__((noinline)) void AddTile(const float* w, size_t first, size_t last, const float* x,
                                        float* out, size_t out_stride) {
-  __m512 acc[kWideVectors][S];
+  __m512 acc[V][S];
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kWideVectors; ++v) {
+  for (size_t v = 0; v < V; ++v) {
 #pragma GCC unroll 4
     for (size_t t = 0; t < S; ++t) {
       acc[v][t] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * out_stride + 16 * v);
     }
   }
-  for (size_t i = first; i < last; ++i, w += 16 * kWideVectors) {
-    const __m512 w0 = _mm512_load_ps(w), w1 = _mm512_load_ps(w + 16);
-    const __m512 w2 = _mm512_load_ps(w + 32), w3 = _mm512_load_ps(w + 48);
+  for (size_t i = first; i < last; ++i, w += 16 * V) {
+    __m512 wi[V];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < V; ++v) wi[v] = _mm512_load_ps(w + 16 * v);
 #pragma GCC unroll 4
     for (size_t t = 0; t < S; ++t) {
       const __m512 xt = _mm512_set1_ps(x[i * S + t]);
-      acc[0][t] = _mm512_fmadd_ps(w0, xt, acc[0][t]);
-      acc[1][t] = _mm512_fmadd_ps(w1, xt, acc[1][t]);
-      acc[2][t] = _mm512_fmadd_ps(w2, xt, acc[2][t]);
-      acc[3][t] = _mm512_fmadd_ps(w3, xt, acc[3][t]);
+#pragma GCC unroll 4
+      for (size_t v = 0; v < V; ++v) acc[v][t] = _mm512_fmadd_ps(wi[v], xt, acc[v][t]);
     }
   }
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kWideVectors; ++v) {
+  for (size_t v = 0; v < V; ++v) {
 #pragma GCC unroll 4
     for (size_t t = 0; t < S; ++t) _mm512_storeu_ps(out + t * out_stride + 16 * v, acc[v][t]);
   }
 }
 
-template <class Type>
+template <class Type, size_t V>
 void MultiplyWide(const uint8_t* panels, size_t panel_bytes, const PreparedRows& x, float* out,
                   size_t out_stride, float* widened) {
-  static_assert(kChunk * 16 * kWideVectors * sizeof(float) <= kScratchBytes, "fits into scratch");
+  constexpr size_t kStep = kChunk * kMostVectors / V;
+  static_assert(kStep * 16 * V * sizeof(float) <= kScratchBytes, "fits into scratch");
   const size_t groups = GroupCount(x.grain, x.rows);
-  for (size_t first = 0; first < x.k; first += kChunk) {
-    const size_t last = first + kChunk < x.k ? first + kChunk : x.k;
-    Widen<Type>(panels, panel_bytes, first, last, widened);
+  for (size_t first = 0; first < x.k; first += kStep) {
+    const size_t last = first + kStep < x.k ? first + kStep : x.k;
+    Widen<Type, V>(panels, panel_bytes, first, last, widened);
     for (size_t index = 0; index < groups; ++index) {
       const RowGroup group = GroupAt(x.grain, x.rows, x.k, index);
       const float* rows = reinterpret_cast<const float*>(x.data + group.codes);
       float* to = out + group.first * out_stride;
       if (group.rows == kTileRows) {
-        AddTile<4>(widened, first, last, rows, to, out_stride);
+        AddTile<V, 4>(widened, first, last, rows, to, out_stride);
       } else {
-        AddTile<3>(widened, first, last, rows, to, out_stride);
+        AddTile<V, 3>(widened, first, last, rows, to, out_stride);
       }
     }
   }
@@ -169,12 +173,13 @@ size_t MultiplyPanels(const uint8_t* panels, size_t n_panels, const PreparedRows
                       size_t out_stride, uint8_t* scratch) {
   const size_t panel_bytes = x.k * Type::kStep;
   size_t p = 0;
-  if (x.rows > kNarrowRows) {
-    float* widened = reinterpret_cast<float*>(scratch);
-    for (; p + 8 <= n_panels; p += 8)
-      MultiplyWide<Type>(panels + p * panel_bytes, panel_bytes, x, out + 8 * p, out_stride,
-                         widened);
-  }
+  float* widened = reinterpret_cast<float*>(scratch);
+  for (; x.rows >= kRowsForEight && p + 8 <= n_panels; p += 8)
+    MultiplyWide<Type, 4>(panels + p * panel_bytes, panel_bytes, x, out + 8 * p, out_stride,
+                          widened);
+  for (; x.rows >= kRowsForFour && p + 4 <= n_panels; p += 4)
+    MultiplyWide<Type, 2>(panels + p * panel_bytes, panel_bytes, x, out + 8 * p, out_stride,
+                          widened);
   for (; p + 4 <= n_panels; p += 4)
     MultiplyRows<Type, 2>(panels + p * panel_bytes, panel_bytes, x, out + 8 * p, out_stride);
   for (; p + 2 <= n_panels; p += 2)
