@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import logging
 import os
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from potluck import catalogue, engine, gguf, model, packs
+from potluck import engine, gguf, model, packs
 from potluck.errors import DamagedPack, ModelError
 from potluck.packs import MappedWeights, PackFolder
 from potluck.plan import Span
@@ -495,88 +494,3 @@ def test_a_cache_may_be_swept_by_one_process_while_another_fills_it(
         sweeper.communicate()
     assert sweeper.returncode == 0
     assert "can't be written" not in caplog.text
-
-
-def test_a_removed_model_takes_its_packs_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("POTLUCK_CACHE", str(tmp_path))
-    models = catalogue.models_folder() / "mine"
-    models.mkdir(parents=True)
-    path = write_tiny(models / "mine.gguf")
-    size = path.stat().st_size
-    kept = PackFolder(catalogue.packs_folder())
-    for sha, n_bytes in ((gguf.read(path).header_sha256, 1000), ("0" * 64, 7)):
-        (kept.root / sha).mkdir(parents=True)
-        (kept.root / sha / "layer-0.P8k4.pack").write_bytes(bytes(n_bytes))
-    assert catalogue.remove("mine") == size + 1000
-    assert [p.name for p in kept.root.iterdir()] == ["0" * 64]
-
-
-LARGER_THAN_MEMORY = """
-import re, resource, sys
-from pathlib import Path
-import numpy as np
-from potluck import engine, gguf, model, packs
-from potluck.plan import Span
-
-ROOM = 64 * 2**20  # of memory; the weights are twice that
-
-def status(key):
-    return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-file = gguf.read(sys.argv[1])
-config = model.config_of(file)
-tensors = model.span_tensors(file, config, Span(0, 8), embeds=True, has_head=True)
-assert sum(t.size_bytes for t in tensors) > 2 * ROOM
-machine = engine.Engine(2)
-limit = status("VmData") + ROOM
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-def empty():
-    return engine.Shard(machine, engine.config_for(config), 0, 8, embeds=True, has_head=True,
-                        kv_bytes=2**20)
-
-try:
-    engine.load(empty(), file, tensors, lambda _: None)
-    sys.exit("the limit does not bind")
-except MemoryError:
-    pass
-before = status("VmRSS")
-shard = empty()
-folder = packs.PackFolder(Path(sys.argv[2]))
-packs.MappedWeights(shard, file, tensors, folder).load(lambda *_: None, ROOM)
-shard.open(1, 64)
-logits = np.empty((4, config.vocab), np.float32)
-for at in range(4):
-    row = [engine.RowSpan(1, at, 1, 1)]
-    shard.forward(np.array([7 + at], np.int32), row, logits[at:at + 1])
-assert shard.n_streamed > 0
-grown = status("VmHWM") - before
-assert grown < ROOM + 8 * 2**20, grown
-sys.stdout.buffer.write(logits.tobytes())
-"""
-
-
-def test_a_shard_twice_as_large_as_memory_runs_and_gives_the_same_bits(
-    tmp_path: Path, machine: engine.Engine
-) -> None:
-    shape = TinyShape("f32", dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64)
-    shape = dataclasses.replace(shape, ffn_dim=2048)
-    path = write_tiny(tmp_path / "large.gguf", shape)
-    done = subprocess.run(
-        [sys.executable, "-c", LARGER_THAN_MEMORY, str(path), str(tmp_path / "packs")],
-        capture_output=True,
-        check=False,
-        timeout=50,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    loader = Loader(gguf.read(path), machine)
-    shard, tensors = loader.empty(0, 8)
-    engine.load(shard, loader.file, tensors, lambda _: None)
-    shard.open(1, 64)
-    expected = np.empty((4, loader.config.vocab), np.float32)
-    for at in range(4):
-        ids, row = np.array([7 + at], np.int32), [engine.RowSpan(1, at, 1, 1)]
-        shard.forward(ids, row, expected[at : at + 1])
-    assert done.stdout == expected.tobytes()
