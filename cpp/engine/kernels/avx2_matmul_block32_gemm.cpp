@@ -24,7 +24,7 @@ struct Chunk {
   float* sums;     // [band rows][16]
 };
 
-static_assert(kChunkBlocks * (kUnpackedBlock + 2 * 16 * sizeof(float)) +
+static_assert(kChunkBlocks * (kUnpackedBlock + 2 * sizeof(float) * 16) +
                       kBandRows * 16 * sizeof(float) <=
                   kScratchBytes,
               "fits into a thread's scratch");
