@@ -196,9 +196,10 @@ void Paging::Enter(size_t unit, Pool& pool, std::atomic<uint64_t>* progress) {
 
 void Paging::Leave(size_t unit) {
   State& state = *state_;
-  if (!state.streamed[unit]) return;
+  const std::optional<size_t> place = state.streamed[unit];
+  if (!place) return;
   for (const PackFile* pack : state.units[unit]) pack->Drop();
-  state.reader->End(*state.streamed[unit]);
+  state.reader->End(*place);
 }
 
 PagedUnit::PagedUnit(Paging& paging, size_t unit, Pool& pool, std::atomic<uint64_t>* progress)
