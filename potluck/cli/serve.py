@@ -12,6 +12,7 @@ from pathlib import Path
 from potluck.cli import fetching, programs, running, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
 from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
+from potluck.model import KvType
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
 
 HELP = "Serve a model, on this machine or with others"
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-type",
-        choices=("f16", "q8"),
+        choices=[kv_type.value for kv_type in KvType],
         help="how keys and values are kept: f16 (default), or q8 in about half the memory",
     )
     parser.add_argument(
