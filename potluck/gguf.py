@@ -36,6 +36,10 @@ DIMENSIONS_LIMIT = 4
 # Metadata types by number: scalars as letters of struct, then a string and an array.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+# Their names, and a string's: kinds of tensor_source.Typed.
+_KIND_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "u64", "i64", "f64")
+_KINDS = dict(zip(_SCALARS, _KIND_NAMES, strict=True))
+_KINDS[_STRING] = "str"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class GgufFile:
     tensors: Mapping[str, TensorInfo] = field(repr=False)  # in the file's order
     data_offset_bytes: int  # where the tensors' data starts
     header_sha256: str  # of bytes [0, data_offset_bytes), in hex; equal headers, equal model
+    # Type in the file of each value, or of an array's elements: "u32", "str".
+    kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string. Raises ModelError: another type, or missing without a default."""
@@ -130,7 +136,7 @@ def read(path: str | Path) -> GgufFile:
         version = _read_version(cursor)
         n_tensors = cursor.count("tensors", TENSORS_LIMIT, least_bytes=33)
         n_keys = cursor.count("metadata keys", KEYS_LIMIT, least_bytes=14)
-        metadata = _read_metadata(cursor, n_keys)
+        metadata, kinds = _read_metadata(cursor, n_keys)
         alignment = _alignment(cursor, metadata)
         tensors = _read_tensors(cursor, n_tensors, alignment)
         # A file without tensors (a vocabulary only) may end without the padding.
@@ -146,6 +152,7 @@ def read(path: str | Path) -> GgufFile:
         tensors=MappingProxyType({t.name: t for t in tensors}),
         data_offset_bytes=start,
         header_sha256=sha256,
+        kinds=MappingProxyType(kinds),
     )
 
 
@@ -169,8 +176,10 @@ def _read_version(cursor: Cursor) -> int:
     return version
 
 
-def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Value]:
+def _read_metadata(cursor: Cursor, n_keys: int) -> tuple[dict[str, Value], dict[str, str]]:
+    """Values and their kinds."""
     metadata: dict[str, Value] = {}
+    kinds: dict[str, str] = {}
     for index in range(n_keys):
         start = cursor.offset
         key = cursor.string(f"the name of metadata key {index}", KEY_BYTES_LIMIT)
@@ -178,23 +187,24 @@ def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Value]:
         if not key or key in metadata:
             found = f"{what} stands twice" if key else f"metadata key {index} has no name"
             raise cursor.error(found, at=start)
-        metadata[key] = _read_value(cursor, what)
-    return metadata
+        metadata[key], kinds[key] = _read_value(cursor, what)
+    return metadata, kinds
 
 
-def _read_value(cursor: Cursor, what: str) -> Value:
+def _read_value(cursor: Cursor, what: str) -> tuple[Value, str]:
+    """The value and its kind."""
     start = cursor.offset
     kind = cursor.whole("I", f"the type of {what}")
     if kind == _STRING:
-        return cursor.string(what, STRING_BYTES_LIMIT)
+        return cursor.string(what, STRING_BYTES_LIMIT), _KINDS[kind]
     if kind == _ARRAY:
         return _read_array(cursor, what)
     if kind not in _SCALARS:
         raise cursor.error(f"{what} has the unknown type {kind}", at=start)
-    return _read_scalars(cursor, _SCALARS[kind], 1, what)[0]
+    return _read_scalars(cursor, _SCALARS[kind], 1, what)[0], _KINDS[kind]
 
 
-def _read_array(cursor: Cursor, what: str) -> Value:
+def _read_array(cursor: Cursor, what: str) -> tuple[Value, str]:
     start = cursor.offset
     kind = cursor.whole("I", f"the element type of {what}")
     if kind == _ARRAY:
@@ -204,8 +214,8 @@ def _read_array(cursor: Cursor, what: str) -> Value:
     least_bytes = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
     n = cursor.count(f"elements in {what}", ARRAY_LIMIT, least_bytes=least_bytes)
     if kind == _STRING:
-        return cursor.strings(n, what, STRING_BYTES_LIMIT)
-    return _read_scalars(cursor, _SCALARS[kind], n, what)
+        return cursor.strings(n, what, STRING_BYTES_LIMIT), _KINDS[kind]
+    return _read_scalars(cursor, _SCALARS[kind], n, what), _KINDS[kind]
 
 
 def _read_scalars(cursor: Cursor, letter: str, n: int, what: str) -> memoryview[int]:
