@@ -39,7 +39,7 @@ void Equal(const A& a, const B& b, const char* text, const char* file, int line)
   Fail(file, line, out.str());
 }
 
-// An emulated CPU takes some twenty times as long: the environment variable POTLUCK_SHORT_TESTS
+// An emulated CPU and the thread sanitizer take some twenty times as long: POTLUCK_SHORT_TESTS
 // asks for the cases that no other case stands for.
 inline bool IsShort() {
   static const char* const wanted = std::getenv("POTLUCK_SHORT_TESTS");
