@@ -17,7 +17,7 @@ from potluck.gguf import GgufFile
 
 TOKENS_LIMIT = 1 << 20  # the largest known vocabulary has 262,144
 # Tokens that end a turn even where the file names only one of them; llama.cpp has the same list.
-_ENDS = frozenset(
+END_TEXTS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>", "<EOT>")
 )
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -66,7 +66,7 @@ def read_vocabulary(file: GgufFile, *, adds_start: bool) -> Vocabulary:
     found = [_optional_id(file, key, len(tokens)) for key in _END_KEYS]
     named = [i for i in found if i is not None]
     special = {i for i, kind in enumerate(kinds) if _is_special(tokens[i], kind)}
-    ends = set(named) | {i for i in special if tokens[i] in _ENDS}
+    ends = set(named) | {i for i in special if tokens[i] in END_TEXTS}
     adds_start = file.flag("tokenizer.ggml.add_bos_token", default=adds_start)
     if adds_start and start_id is None:
         raise file.error("tokenizer.ggml.add_bos_token is true and bos_token_id is missing")

@@ -1,0 +1,1 @@
+"""Models as people have them, as sources of what a GGUF holds."""
