@@ -74,41 +74,49 @@ def tiny_metadata(shape: TinyShape) -> list[tuple[str, Metadata]]:
 
 def tiny_tensors(shape: TinyShape) -> list[Tensor]:
     """All tensors, quantized. Raises ValueError if a type does not fit its columns."""
+    at_ends = shape.embedding_type or shape.weight_type
+
+    def type_of(name: str, values: F32) -> str:
+        if values.ndim == 1:
+            return "f32"
+        return at_ends if name in ("token_embd.weight", "output.weight") else shape.weight_type
+
+    return [
+        Tensor(name, type_of(name, v), v.shape, quantize(v, type_of(name, v)))
+        for name, v in tiny_values(shape).items()
+    ]
+
+
+def tiny_values(shape: TinyShape) -> dict[str, F32]:
+    """All weights before they are quantized, by their GGUF names: [rows, cols], norms [dim]."""
     random = np.random.default_rng(shape.seed)
     q_dim, kv_dim = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    embedding_type = shape.embedding_type or shape.weight_type
+    values: dict[str, F32] = {}
 
-    def matrix(name: str, rows: int, cols: int, gain: float, type_name: str = "") -> Tensor:
-        values = random.normal(0, gain / np.sqrt(cols), (rows, cols)).astype(np.float32)
-        return _tensor(name, values, type_name or shape.weight_type)
+    def matrix(name: str, rows: int, cols: int, gain: float) -> None:
+        values[name] = random.normal(0, gain / np.sqrt(cols), (rows, cols)).astype(np.float32)
 
-    def norm(name: str) -> Tensor:
-        return _tensor(name, random.normal(1, 0.2, shape.dim).astype(np.float32), "f32")
+    def norm(name: str) -> None:
+        values[name] = random.normal(1, 0.2, shape.dim).astype(np.float32)
 
     # Values of about 0.5: what a layer adds weighs as much as the embedding.
-    embedding_gain = 0.5 * np.sqrt(shape.dim)
-    tensors = [matrix("token_embd.weight", shape.vocab, shape.dim, embedding_gain, embedding_type)]
+    matrix("token_embd.weight", shape.vocab, shape.dim, 0.5 * np.sqrt(shape.dim))
     for layer in range(shape.n_layers):
         at = f"blk.{layer}"
-        tensors += [
-            norm(f"{at}.attn_norm.weight"),
-            matrix(f"{at}.attn_q.weight", q_dim, shape.dim, 1.5),
-            matrix(f"{at}.attn_k.weight", kv_dim, shape.dim, 1.5),
-            matrix(f"{at}.attn_v.weight", kv_dim, shape.dim, 1.0),
-            matrix(f"{at}.attn_output.weight", shape.dim, q_dim, 1.0),
-            norm(f"{at}.ffn_norm.weight"),
-            matrix(f"{at}.ffn_gate.weight", shape.ffn_dim, shape.dim, 1.0),
-            matrix(f"{at}.ffn_up.weight", shape.ffn_dim, shape.dim, 1.0),
-            matrix(f"{at}.ffn_down.weight", shape.dim, shape.ffn_dim, 1.0),
-        ]
-    tensors.append(norm("output_norm.weight"))
+        norm(f"{at}.attn_norm.weight")
+        matrix(f"{at}.attn_q.weight", q_dim, shape.dim, 1.5)
+        matrix(f"{at}.attn_k.weight", kv_dim, shape.dim, 1.5)
+        matrix(f"{at}.attn_v.weight", kv_dim, shape.dim, 1.0)
+        matrix(f"{at}.attn_output.weight", shape.dim, q_dim, 1.0)
+        norm(f"{at}.ffn_norm.weight")
+        matrix(f"{at}.ffn_gate.weight", shape.ffn_dim, shape.dim, 1.0)
+        matrix(f"{at}.ffn_up.weight", shape.ffn_dim, shape.dim, 1.0)
+        matrix(f"{at}.ffn_down.weight", shape.dim, shape.ffn_dim, 1.0)
+    norm("output_norm.weight")
     if not shape.tied:
-        tensors.append(matrix("output.weight", shape.vocab, shape.dim, 3.0, embedding_type))
-    return tensors
-
-
-def _tensor(name: str, values: F32, type_name: str) -> Tensor:
-    # Neighbours once tested their kernels on "random" inputs that were one constant.
-    if len(np.unique(values)) < values.size // 2:
-        raise AssertionError(f"{name}: the random weights do not vary")
-    return Tensor(name, type_name, values.shape, quantize(values, type_name))
+        matrix("output.weight", shape.vocab, shape.dim, 3.0)
+    for name, found in values.items():
+        # Neighbours once tested their kernels on "random" inputs that were one constant.
+        if len(np.unique(found)) < found.size // 2:
+            raise AssertionError(f"{name}: the random weights do not vary")
+    return values
