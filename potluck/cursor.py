@@ -48,7 +48,7 @@ def opened(path: Path, *, limit_bytes: int) -> Iterator[Cursor]:
             raise ModelError(f"{name}: a folder, not a model file", remedy="name the file in it")
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(f"{name}: not a regular file, so not a model file")
-        yield Cursor(descriptor, name, status.st_size, limit_bytes)
+        yield Cursor(descriptor, name, status, limit_bytes)
     finally:
         os.close(descriptor)
 
@@ -56,13 +56,16 @@ def opened(path: Path, *, limit_bytes: int) -> Iterator[Cursor]:
 class Cursor:
     """A place in an open file, and a window on it. One thread; the descriptor is the opener's."""
 
-    def __init__(self, descriptor: int, name: str, size_bytes: int, limit_bytes: int) -> None:
+    def __init__(
+        self, descriptor: int, name: str, status: os.stat_result, limit_bytes: int
+    ) -> None:
         self._descriptor = descriptor
         self._name = name
         self._limit_bytes = limit_bytes
         self._window = b""
         self._window_start = 0
-        self.size_bytes = size_bytes
+        self.status = status  # when the file was opened
+        self.size_bytes = status.st_size
         self.offset = 0
 
     def error(self, message: str, *, at: int | None = None, remedy: str = "") -> ModelError:
@@ -138,6 +141,20 @@ class Cursor:
                 at = stop
             self.offset = self._window_start + at
         return tuple(found)
+
+    def read_at(self, start: int, size_bytes: int) -> bytes:
+        """Bytes [start, start + size_bytes), beyond the limit too. Does not move the cursor."""
+        pieces, stop = [], start + size_bytes
+        while start < stop:
+            try:
+                piece = os.pread(self._descriptor, stop - start, start)
+            except OSError as e:
+                raise self.error(f"can't be read ({e.strerror})", at=start) from e
+            if not piece:
+                raise self.error(f"{stop - start:,} bytes are missing", at=start, remedy=CUT_SHORT)
+            pieces.append(piece)  # the kernel gives at most 2 GiB at once
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def sha256(self, stop: int) -> str:
         """Of bytes [0, stop), in hex. Does not move the cursor."""
