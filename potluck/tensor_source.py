@@ -56,13 +56,14 @@ class ModelSource:
 
     `identity` names what it was made of (files, sizes, times): equal identities, equal bytes. So
     an interrupted writing goes on only with what it began with. `paths`: what must not be written
-    over.
+    over. `notes`: what a person should know of how the model was read, a line each.
     """
 
     metadata: Sequence[tuple[str, Metadata]] = field(repr=False)
     tensors: Sequence[TensorSource] = field(repr=False)
     identity: str
     paths: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def rows_and_cols(shape: tuple[int, ...]) -> tuple[int, int]:

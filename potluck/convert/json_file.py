@@ -51,6 +51,32 @@ class JsonObject:
             self.refuse(key, "a whole number")
         return value
 
+    def whole(self, key: str, least: int, most: int, default: int | None = None) -> int:
+        """An integer from `least` to `most`. No value: `default`, or refused if there is none."""
+        found = self.integer(key)
+        found = default if found is None else found
+        if found is None or not least <= found <= most:
+            self.refuse(key, f"a whole number from {least:,} to {most:,}")
+        return found
+
+    def number(self, key: str, least: float, most: float, default: float | None = None) -> float:
+        """A number from `least` to `most`. No value: as in `whole`."""
+        found = self.values.get(key)
+        found = default if found is None else found
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            self.refuse(key, f"a number from {least:g} to {most:g}")
+        if not least <= found <= most:  # so is what JSON makes of 1e999
+            self.refuse(key, f"a number from {least:g} to {most:g}")
+        return float(found)
+
+    def strings(self, key: str) -> list[str]:
+        """An array of strings; [] if there is none. Raises ModelError for any other type."""
+        found = self.array(key)
+        strings = [value for value in found if isinstance(value, str)]
+        if len(strings) < len(found):
+            self.refuse(key, "an array of strings")
+        return strings
+
     def inner(self, key: str) -> JsonObject | None:
         """An object in this one. Raises ModelError for any other type."""
         value = self.values.get(key)
@@ -93,8 +119,11 @@ def read_json(path: Path, *, limit_bytes: int = CONFIG_BYTES_LIMIT) -> JsonObjec
     Raises UnknownModel (no such file) and ModelError: unreadable, too large, no JSON, a key twice,
     nested without end, or something else than an object.
     """
-    file = shown(str(path))
-    text = read_text(path, limit_bytes=limit_bytes)
+    return parse_json(read_text(path, limit_bytes=limit_bytes), shown(str(path)))
+
+
+def parse_json(text: str, file: str) -> JsonObject:
+    """The object that `text` of `file` holds. Raises ModelError as `read_json`."""
     try:
         value = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
