@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 _DIGIT = r"\p{N}"
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA_3 = (
+LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 _PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 
 # Name -> patterns, each of which cuts what the ones before it have left in one piece.
@@ -35,8 +35,8 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     "default": (_PUNCTUATION, _GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT_2,),
     "smollm": (_DIGIT, _GPT_2),
-    "llama-bpe": (_LLAMA_3,),
-    "qwen2": (_QWEN_2,),
+    "llama-bpe": (LLAMA_3,),
+    "qwen2": (QWEN_2,),
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 # A whole word that is a token stays one, whatever the merges say: so their own tokenizers.

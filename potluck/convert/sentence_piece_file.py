@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from potluck.convert.token_table import TokenTable
+from potluck.convert.token_table import TokenTable, user_defined_text
 from potluck.convert.whole_file import read_bytes
-from potluck.cursor import shown
+from potluck.cursor import opened, shown
 from potluck.errors import ModelError
 from potluck.vocabulary import TOKENS_LIMIT, Kind
 
@@ -28,6 +28,7 @@ _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _SPECIAL = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 # Llama 3's files of this name: a token in base64 and its rank, line by line.
+_LINE_BYTES = 1024
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 Field = int | bytes  # a varint, or the bytes of any other kind
 
@@ -50,7 +51,7 @@ def read_sentence_pieces(path: Path) -> TokenTable:
     """
     name = shown(str(path))
     data = read_bytes(path, limit_bytes=_FILE_BYTES_LIMIT)
-    if _TIKTOKEN.match(data):
+    if _TIKTOKEN.match(data[:_LINE_BYTES]):
         raise ModelError(
             f"{name}: a vocabulary of the tiktoken kind (Llama 3's), not of SentencePiece",
             remedy="convert the model's Hugging Face folder instead: it has a tokenizer.json",
@@ -74,6 +75,13 @@ def read_sentence_pieces(path: Path) -> TokenTable:
     )
     check_bytes(table)
     return table
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file at `path` is of Llama 3's kind. Raises as `read_sentence_pieces` does."""
+    with opened(path, limit_bytes=_LINE_BYTES) as cursor:
+        start = cursor.take(min(_LINE_BYTES, cursor.size_bytes), "the file")
+    return _TIKTOKEN.match(start) is not None
 
 
 def check_bytes(table: TokenTable) -> None:
@@ -125,7 +133,7 @@ def _piece(i: int, data: bytes) -> tuple[str, float, Kind]:
         raise ValueError(
             f"token {i} ({shown(repr(text))}) is of the type {kind!r}, expected 1 to 6"
         )
-    return text, number, Kind(kind)
+    return user_defined_text(text) if kind == Kind.USER_DEFINED else text, number, Kind(kind)
 
 
 def _check_supported(message: _Message) -> None:

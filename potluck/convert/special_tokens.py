@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from potluck.convert.json_file import JsonObject, read_json
-from potluck.convert.token_table import AddedToken, TokenTable
+from potluck.convert.token_table import AddedToken, TokenTable, looks_special
 from potluck.convert.whole_file import read_text
 from potluck.tensor_source import Metadata
 from potluck.vocabulary import END_TEXTS, Kind
@@ -136,7 +136,7 @@ def _content(json: JsonObject, key: str) -> str | None:
 
 
 def _is_special(text: str, beside: Beside) -> bool:
-    return text in beside.special_texts or (text.startswith("<|") and text.endswith("|>"))
+    return text in beside.special_texts or looks_special(text)
 
 
 def _decoded(decoder: JsonObject, key: str, beside: Beside) -> AddedToken:

@@ -75,21 +75,35 @@ def with_added(table: TokenTable, added: Sequence[AddedToken], where: str) -> To
     tokens, kinds, scores = list(table.tokens), list(table.kinds), list(table.scores)
     for token in sorted(added, key=lambda token: token.token_id):
         i, kind = token.token_id, Kind.CONTROL if token.is_special else Kind.USER_DEFINED
+        text = user_defined_text(token.text) if kind == Kind.USER_DEFINED else token.text
         name = shown(repr(token.text))
         if i == len(tokens) < TOKENS_LIMIT:
-            tokens.append(token.text)
+            tokens.append(text)
             kinds.append(kind)
             scores += [ADDED_SCORE] if table.model == "llama" else []
         elif not 0 <= i < len(tokens):
             expected = f"its id should be {len(tokens):,}"
             raise ModelError(f"{where}: {name} is added as token {i:,}, {expected}")
-        elif tokens[i] != token.text:
+        elif tokens[i] not in (token.text, text):
             raise ModelError(
                 f"{where}: token {i:,} is {name}, in the vocabulary {shown(repr(tokens[i]))}"
             )
-        elif kinds[i] != Kind.UNKNOWN and (kinds[i] == Kind.NORMAL or token.is_special):
-            kinds[i] = kind
+        elif kinds[i] == Kind.NORMAL or (kinds[i] == Kind.USER_DEFINED and token.is_special):
+            tokens[i], kinds[i] = text, kind
     return replace(table, tokens=tokens, kinds=kinds, scores=scores)
+
+
+def user_defined_text(text: str) -> str:
+    """What a GGUF has for a user defined token, which is looked for in text as people write it."""
+    return text.replace("\u2581", " ")
+
+
+def looks_special(text: str) -> bool:
+    """Whether an added token is a control token by its looks, whatever its file says of it.
+
+    Some models mark only a few of theirs as special (Qwen2: <|fim_prefix|> is not).
+    """
+    return text.startswith("<|") and text.endswith("|>")
 
 
 def padded(table: TokenTable, n_rows: int) -> TokenTable:

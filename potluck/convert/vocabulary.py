@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from potluck.convert.sentence_piece_file import read_sentence_pieces
+from potluck.convert.sentence_piece_file import is_tiktoken, read_sentence_pieces
 from potluck.convert.special_tokens import (
     added_tokens,
     read_beside,
     special_pairs,
     template_pairs,
 )
-from potluck.convert.token_table import TokenTable, padded, with_added
+from potluck.convert.token_table import padded, with_added
+from potluck.convert.tokenizer_json import read_tokenizer_json
 from potluck.cursor import shown
 from potluck.errors import ModelError
 from potluck.tensor_source import Metadata
@@ -29,8 +30,10 @@ def vocabulary_pairs(folder: Path, n_rows: int) -> list[tuple[str, Metadata]]:
     (token_table.padded has the rule); LLaMA's files match exactly. Raises ModelError: no
     vocabulary, a damaged one, one that is not supported, or another number of tokens than rows.
     """
-    beside = read_beside(folder)
-    table = _read_table(folder)
+    path = _find(folder)
+    beside = read_beside(path.parent)
+    is_json = path.suffix == ".json"
+    table = read_tokenizer_json(path) if is_json else read_sentence_pieces(path)
     for where, added in added_tokens(beside):
         table = with_added(table, added, where)
     table = padded(table, n_rows)
@@ -47,12 +50,19 @@ def vocabulary_pairs(folder: Path, n_rows: int) -> list[tuple[str, Metadata]]:
     return [*pairs, *special_pairs(table, beside), *template_pairs(beside)]
 
 
-def _read_table(folder: Path) -> TokenTable:
-    """SentencePiece's own file before what was made of it; Meta keeps it one folder above."""
-    for path in (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"):
-        if path.exists():
-            return read_sentence_pieces(path)
-    raise ModelError(
-        f"{shown(str(folder))}: no vocabulary, neither tokenizer.model nor tokenizer.json",
-        remedy="LLaMA's tokenizer.model may also stand one folder above",
-    )
+def _find(folder: Path) -> Path:
+    """The file with the vocabulary: SentencePiece's own before what was made of it.
+
+    Meta keeps it one folder above. Llama 3's tokenizer.model is of another kind: tokenizer.json
+    counts where there is one.
+    """
+    names = ("tokenizer.model", "tokenizer.json")
+    places = (folder, folder.resolve().parent)
+    found = [path for place in places for name in names if (path := place / name).exists()]
+    if not found:
+        raise ModelError(
+            f"{shown(str(folder))}: no vocabulary, neither tokenizer.model nor tokenizer.json",
+            remedy="LLaMA's tokenizer.model may also stand one folder above",
+        )
+    usable = [path for path in found if path.suffix == ".json" or not is_tiktoken(path)]
+    return (usable or found)[0]
