@@ -55,6 +55,7 @@ class SentencePieceCodec:
 def _build(file: GgufFile, vocabulary: Vocabulary) -> sentencepiece.SentencePieceProcessor:
     scores = file.array("tokenizer.ggml.scores", float)
     _check(file, vocabulary, len(scores))
+    unknown_id = _unknown_id(file, vocabulary)
     try:
         import sentencepiece
     except ImportError as error:
@@ -64,7 +65,7 @@ def _build(file: GgufFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiec
         ) from error
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(_model_message(vocabulary, scores))
+        processor.LoadFromSerializedProto(_model_message(vocabulary, scores, unknown_id))
     except (RuntimeError, TypeError) as error:
         raise file.error(
             f"the tokens are no SentencePiece vocabulary: {shown(str(error))}"
@@ -83,18 +84,31 @@ def _check(file: GgufFile, vocabulary: Vocabulary, n_scores: int) -> None:
         raise file.error(f"the byte token {shown(repr(wrong))} is not one of <0x00> to <0xFF>")
     if found and len(found) != 256:
         raise file.error(f"{len(found)} byte tokens, expected 256 or none")
-    if (n := list(vocabulary.kinds).count(Kind.UNKNOWN)) != 1:
-        raise file.error(f"{n} tokens of the type unknown, expected 1")
 
 
-def _model_message(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
+def _unknown_id(file: GgufFile, vocabulary: Vocabulary) -> int:
+    """The token that stands for anything, which sentencepiece must have.
+
+    llama.cpp's converter makes a control token of it where a folder's JSON calls it special, as
+    most do. Raises ModelError unless there is one.
+    """
+    found = [i for i, kind in enumerate(vocabulary.kinds) if kind == Kind.UNKNOWN]
+    named = file.integer("tokenizer.ggml.unknown_token_id", 0)
+    if not found and 0 <= named < len(vocabulary.kinds):
+        found = [named] if vocabulary.kinds[named] == Kind.CONTROL else []
+    if len(found) != 1:
+        raise file.error(f"{len(found)} tokens of the type unknown, expected 1")
+    return found[0]
+
+
+def _model_message(vocabulary: Vocabulary, scores: Sequence[float], unknown_id: int) -> bytes:
     """A ModelProto: pieces = 1, trainer_spec = 2, normalizer_spec = 3."""
-    pieces = zip(vocabulary.tokens, scores, vocabulary.kinds, strict=True)
+    kinds = [_kind(vocabulary, i) for i in range(len(vocabulary.tokens))]
+    kinds[unknown_id] = Kind.UNKNOWN
     parts = [
-        _field(1, _piece_message(token, score, _kind(vocabulary, i, kind)))
-        for i, (token, score, kind) in enumerate(pieces)
+        _field(1, _piece_message(token, score, kind))
+        for token, score, kind in zip(vocabulary.tokens, scores, kinds, strict=True)
     ]
-    unknown_id = list(vocabulary.kinds).index(Kind.UNKNOWN)
     trainer = (
         _number(3, _BPE)  # model_type
         + _number(4, len(vocabulary.tokens))  # vocab_size
@@ -112,15 +126,15 @@ def _model_message(vocabulary: Vocabulary, scores: Sequence[float]) -> bytes:
     return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
 
 
-def _kind(vocabulary: Vocabulary, token_id: int, kind: int) -> int:
+def _kind(vocabulary: Vocabulary, token_id: int) -> int:
     """The kind as sentencepiece shall see it: what is special is found in no text."""
-    if token_id in vocabulary.special_ids and kind != Kind.UNKNOWN:
-        return Kind.CONTROL
-    return kind
+    return Kind.CONTROL if token_id in vocabulary.special_ids else vocabulary.kinds[token_id]
 
 
 def _piece_message(token: str, score: float, kind: int) -> bytes:
     """A SentencePiece: piece = 1, score = 2 (a 32-bit float), type = 3."""
+    # Only what people added is spelled with spaces as such (llama.cpp looks for it in plain text).
+    token = token.replace(" ", _SPACE)
     return _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
 
 
