@@ -50,7 +50,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorView:
     """A tensor as a window on a storage. `shape` and `strides`: slowest first, in values."""
 
     storage: Storage
@@ -85,7 +85,7 @@ _PLAIN_VALUES = (
 _UNTRUSTED = "weights need nothing of the kind: get the file from where you trust"
 
 
-def read_tensors(data: bytes, file_name: str) -> dict[str, StoredTensor]:
+def read_tensors(data: bytes, file_name: str) -> dict[str, TensorView]:
     """The tensors by their names, in the file's order. Raises ModelError.
 
     data: a pickle of a dict (or OrderedDict) of tensors; file_name: for messages.
@@ -102,9 +102,9 @@ def read_tensors(data: bytes, file_name: str) -> dict[str, StoredTensor]:
     result = machine.result
     if not isinstance(result, dict):
         raise ModelError(f"{file_name}: its pickle holds {_kind(result)}, expected a dict")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, TensorView] = {}
     for name, value in result.items():
-        if not isinstance(value, StoredTensor):
+        if not isinstance(value, TensorView):
             raise ModelError(f"{file_name}: {shown(name)} is {_kind(value)}, expected a tensor")
         tensors[name] = value
     return tensors
@@ -235,7 +235,7 @@ class _Machine:
                 (Storage() as storage, int(first), tuple(shape), tuple(strides), *_),
             ) if mark == _TENSOR:
                 self._stack.append(self._tensor(storage, first, shape, strides))
-            case (_Mark() as mark, (StoredTensor() as tensor, *_)) if mark == _PARAMETER:
+            case (_Mark() as mark, (TensorView() as tensor, *_)) if mark == _PARAMETER:
                 self._stack.append(tensor)
             case (_Mark() as mark, _):
                 self._damaged(f"arguments of {mark.name} that torch does not write")
@@ -244,7 +244,7 @@ class _Machine:
 
     def _tensor(
         self, storage: Storage, first: int, shape: tuple[object, ...], strides: tuple[object, ...]
-    ) -> StoredTensor:
+    ) -> TensorView:
         numbers = [n for n in (first, *shape, *strides) if isinstance(n, int) and 0 <= n < 2**48]
         n_dimensions = len(shape)
         if len(numbers) != 1 + 2 * n_dimensions or len(strides) != n_dimensions:
@@ -252,7 +252,7 @@ class _Machine:
         if n_dimensions > DIMENSIONS_LIMIT:
             self._damaged(f"a tensor of {n_dimensions} dimensions, at most {DIMENSIONS_LIMIT}")
         rest = tuple(numbers[1:])
-        return StoredTensor(storage, first, rest[:n_dimensions], rest[n_dimensions:])
+        return TensorView(storage, first, rest[:n_dimensions], rest[n_dimensions:])
 
     def _attributes(self, _: object) -> None:
         """BUILD: attributes of a state_dict (versions of its modules), which say nothing to us."""
@@ -284,6 +284,6 @@ def _kind(value: object) -> str:
     """A value's type, never the value: it may be without end."""
     if isinstance(value, _Mark):
         return f"the name {value.module}.{value.name}"
-    if isinstance(value, StoredTensor):
+    if isinstance(value, TensorView):
         return "a tensor"
     return f"a value of type {type(value).__name__}"

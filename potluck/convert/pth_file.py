@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from potluck.convert.pickle_reader import StoredTensor, read_tensors
+from potluck.convert.pickle_reader import TensorView, read_tensors
+from potluck.convert.stored_tensor import FileStamp, StoredTensor, stamp_of
 from potluck.convert.stored_zip import Entry, entries_of
 from potluck.cursor import Cursor, opened, shown
 from potluck.errors import ModelError
@@ -27,35 +28,15 @@ _NO_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
-class PthTensor:
-    """One tensor of the file. Rows follow each other without gaps; a vector is one row."""
-
-    name: str
-    type_name: str  # "f16"; also types that are no weights: "i64", "bool"
-    shape: tuple[int, ...]  # slowest dimension first
-    offset_bytes: int  # of its first value in the file
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class PthFile:
-    """The checked contents of one file. `read` opens it anew, so any thread may call it."""
+    """The tensors of a file by name. Some may be no weights, by their type ("i64", "bool")."""
 
-    path: Path
-    size_bytes: int
-    modified_ns: int
-    tensors: Mapping[str, PthTensor] = field(repr=False)
-
-    def read(self, tensor: PthTensor, first_row: int, n_rows: int) -> bytes:
-        """Rows [first_row, first_row + n_rows) of `tensor`. Raises ModelError: cut short."""
-        row_bytes = tensor.size_bytes // math.prod(tensor.shape[:-1])
-        start = tensor.offset_bytes + first_row * row_bytes
-        with opened(self.path, limit_bytes=_NO_LIMIT) as file:
-            return file.read_at(start, n_rows * row_bytes)
+    stamp: FileStamp
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     def error(self, message: str, *, remedy: str = "") -> ModelError:
         """A ModelError about this file."""
-        return ModelError(f"{shown(self.path.name)}: {message}", remedy=remedy)
+        return ModelError(f"{shown(self.stamp.path.name)}: {message}", remedy=remedy)
 
 
 def open_pth(path: Path) -> PthFile:
@@ -70,11 +51,13 @@ def open_pth(path: Path) -> PthFile:
             found = f"{pickled.name} has {pickled.size_bytes:,} bytes"
             raise file.error(f"{found}, at most {PICKLE_BYTES_LIMIT:,} are supported")
         data = file.read_at(pickled.offset_bytes, pickled.size_bytes)
-        tensors = {
-            name: _placed(file, name, tensor, entries, folder)
-            for name, tensor in read_tensors(data, shown(path.name)).items()
-        }
-        return PthFile(path, file.size_bytes, file.status.st_mtime_ns, tensors)
+        stamp, views = stamp_of(path, file), read_tensors(data, shown(path.name))
+        tensors = {}
+        for name, view in views.items():
+            start, size_bytes = _place(file, name, view, entries, folder)
+            type_name = view.storage.type_name
+            tensors[name] = StoredTensor(name, type_name, view.shape, stamp, start, size_bytes)
+        return PthFile(stamp, tensors)
 
 
 def _check_kind(file: Cursor) -> None:
@@ -117,10 +100,10 @@ def _check_byte_order(file: Cursor, entry: Entry | None) -> None:
         raise file.error(f"byte order {shown(repr(order))}; only little is supported")
 
 
-def _placed(
-    file: Cursor, name: str, tensor: StoredTensor, entries: Mapping[str, Entry], folder: str
-) -> PthTensor:
-    """Where the values of `tensor` lie in the file, checked."""
+def _place(
+    file: Cursor, name: str, tensor: TensorView, entries: Mapping[str, Entry], folder: str
+) -> tuple[int, int]:
+    """Offset and bytes of the values of `tensor` in the file, checked."""
     what, storage = f"tensor {shown(name)}", tensor.storage
     entry = entries.get(f"{folder}/data/{storage.key}")
     if entry is None:
@@ -138,11 +121,10 @@ def _placed(
         behind = tensor.first_value + n_values - storage.n_values
         raise file.error(f"{what}: {behind:,} values behind the end of its storage")
     start = entry.offset_bytes + tensor.first_value * storage.value_bytes
-    size_bytes = n_values * storage.value_bytes
-    return PthTensor(name, storage.type_name, tensor.shape, start, size_bytes)
+    return start, n_values * storage.value_bytes
 
 
-def _is_contiguous(tensor: StoredTensor) -> bool:
+def _is_contiguous(tensor: TensorView) -> bool:
     """Rows follow each other without gaps; the stride of a dimension of 1 says nothing."""
     step = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):

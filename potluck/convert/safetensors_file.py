@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.convert.json_file import JsonObject, is_unicode, parse_json
+from potluck.convert.stored_tensor import FileStamp, StoredTensor, stamp_of
 from potluck.cursor import CUT_SHORT, Cursor, opened, shown
-from potluck.tensor_source import rows_and_cols
+
+__all__ = ["FileStamp", "SafetensorsFile", "StoredTensor", "open_safetensors"]
 
 # The library stops at 100 MB; a shard of 65B has 12 KB, all of a 405B model 140 KB.
 HEADER_BYTES_LIMIT = 8 * 2**20
@@ -46,52 +48,6 @@ _TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class FileStamp:
-    """Which bytes a path led to: they are still the same while this is."""
-
-    path: Path
-    inode: int
-    size_bytes: int
-    changed_ns: int
-
-    @property
-    def identity(self) -> str:
-        """Equal as long as the file is."""
-        return f"{self.path} {self.size_bytes} {self.changed_ns}"
-
-    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
-        """Bytes of the file, which is opened for this. Raises ModelError: gone, changed, broken.
-
-        Opened each time (10 us; a slab of 16 MB takes 5 ms): a model of 191 files holds no
-        descriptors. Not mapped: mapped pages count as this process's memory, and a file that is
-        cut short while it is mapped kills the process.
-        """
-        with opened(self.path, limit_bytes=0) as cursor:
-            if _stamp(self.path, cursor) != self:
-                raise cursor.error("changed while it was read; start again")
-            return cursor.read_at(offset_bytes, size_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor in a file: a TensorSource (potluck/tensor_source.py) under the file's name."""
-
-    name: str
-    type_name: str
-    shape: tuple[int, ...]
-    stamp: FileStamp
-    offset_bytes: int  # from the start of the file
-    size_bytes: int
-
-    def read(self, first_row: int, n_rows: int) -> bytes:
-        """Rows [first_row, first_row + n_rows). Raises ModelError."""
-        rows, _ = rows_and_cols(self.shape)
-        assert 0 <= first_row <= first_row + n_rows <= rows
-        row_bytes = self.size_bytes // rows
-        return self.stamp.read(self.offset_bytes + first_row * row_bytes, n_rows * row_bytes)
-
-
-@dataclass(frozen=True, slots=True)
 class SafetensorsFile:
     """The tensors of a file, by name, in the order of their places."""
 
@@ -102,7 +58,7 @@ class SafetensorsFile:
 def open_safetensors(path: Path) -> SafetensorsFile:
     """The file at `path`, its header checked. Raises ModelError, UnknownModel if there is none."""
     with opened(path, limit_bytes=8 + HEADER_BYTES_LIMIT) as cursor:
-        stamp = _stamp(path, cursor)
+        stamp = stamp_of(path, cursor)
         header_bytes = cursor.whole("Q", "the length of the header")
         if header_bytes == _LFS_START:
             raise cursor.error(
@@ -121,11 +77,6 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         places.sort(key=lambda t: (t.offset_bytes, t.size_bytes))
         _check_places(cursor, places)
     return SafetensorsFile(stamp, {t.name: t for t in places})
-
-
-def _stamp(path: Path, cursor: Cursor) -> FileStamp:
-    status = cursor.status
-    return FileStamp(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _header(cursor: Cursor, size_bytes: int, file: str) -> JsonObject:
