@@ -73,21 +73,16 @@ def with_added(table: TokenTable, added: Sequence[AddedToken], where: str) -> To
     an id that is there.
     """
     tokens, kinds, scores = list(table.tokens), list(table.kinds), list(table.scores)
+    ids = {text: i for i, text in enumerate(tokens)}
     for token in sorted(added, key=lambda token: token.token_id):
         i, kind = token.token_id, Kind.CONTROL if token.is_special else Kind.USER_DEFINED
         text = user_defined_text(token.text) if kind == Kind.USER_DEFINED else token.text
-        name = shown(repr(token.text))
-        if i == len(tokens) < TOKENS_LIMIT:
+        if i == len(tokens) < TOKENS_LIMIT and token.text not in ids:
             tokens.append(text)
             kinds.append(kind)
             scores += [ADDED_SCORE] if table.model == "llama" else []
-        elif not 0 <= i < len(tokens):
-            expected = f"its id should be {len(tokens):,}"
-            raise ModelError(f"{where}: {name} is added as token {i:,}, {expected}")
-        elif tokens[i] not in (token.text, text):
-            raise ModelError(
-                f"{where}: token {i:,} is {name}, in the vocabulary {shown(repr(tokens[i]))}"
-            )
+        elif not 0 <= i < len(tokens) or tokens[i] not in (token.text, text):
+            raise _misfit(token, tokens, ids, where)
         elif kinds[i] == Kind.NORMAL or (kinds[i] == Kind.USER_DEFINED and token.is_special):
             tokens[i], kinds[i] = text, kind
     return replace(table, tokens=tokens, kinds=kinds, scores=scores)
@@ -134,3 +129,14 @@ def _remedy(table: TokenTable, n_rows: int) -> str:
         return "is added_tokens.json or tokenizer_config.json missing in the folder?"
     extra = ", ".join(map(repr, table.tokens[n_rows : n_rows + 3]))
     return f"the model has no row for {shown(extra)}; is the vocabulary another model's?"
+
+
+def _misfit(
+    token: AddedToken, tokens: Sequence[str], ids: Mapping[str, int], where: str
+) -> ModelError:
+    i, name = token.token_id, shown(repr(token.text))
+    if token.text in ids:
+        return ModelError(f"{where}: {name} is token {i:,}, in the vocabulary {ids[token.text]:,}")
+    if not 0 <= i < len(tokens):
+        return ModelError(f"{where}: {name} is added as token {i:,}, expected {len(tokens):,}")
+    return ModelError(f"{where}: token {i:,} is {name}, in the vocabulary {shown(repr(tokens[i]))}")

@@ -29,6 +29,7 @@ _PLAIN_MODEL = {
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
 }
+_ENDS = ((1, "<s>"), (2, "</s>"))
 # What SentencePiece's treatment of spaces becomes: steps -> is a space put before the text?
 _SPACE_VALUES: dict[str, dict[str, object]] = {
     "Prepend": {"prepend": _SPACE},
@@ -104,7 +105,9 @@ def _sentence_piece_table(
     if model.flag("ignore_merges"):
         raise file.error("model.ignore_merges is not supported with byte_fallback")
     start, end = _template(file)
-    ids = _ids(file, model, tokens, start, end)
+    # LLaMA's names, which only tokenizer_config.json would tell otherwise.
+    usual = [text if AddedToken(i, text, is_special=True) in added else None for i, text in _ENDS]
+    ids = _ids(file, model, tokens, start or usual[0], end or usual[1])
     kinds = [Kind.BYTE if token in _BYTE_TOKENS else Kind.NORMAL for token in tokens]
     if "unknown" in ids:
         kinds[ids["unknown"]] = Kind.UNKNOWN

@@ -214,6 +214,32 @@ def test_the_first_space_of_an_answer_to_a_bare_prompt_is_kept(llama: Tokenizer)
     assert llama.decode(ids, continues=True) == " License"
 
 
+def test_an_unknown_token_may_be_called_a_control_token(
+    trained: sentencepiece.SentencePieceProcessor, llama: Tokenizer
+) -> None:
+    """As llama.cpp's converter does where a folder's JSON says that <unk> is special."""
+    metadata: dict[str, Any] = dict(sentence_pieces(trained))
+    kinds = list(metadata["tokenizer.ggml.token_type"])
+    assert kinds[0] == 2
+    tokenizer = load(gguf(sentence_pieces(trained, token_type=numbers([3, *kinds[1:]]))))
+    text = "The License <unk> 日本"
+    ids = tokenizer.encode(text, add_start=False)
+    assert ids == llama.encode(text, add_start=False)
+    assert tokenizer.decode([0, *ids]) == text
+
+
+def test_an_added_word_with_spaces_comes_out_of_text(
+    trained: sentencepiece.SentencePieceProcessor,
+) -> None:
+    metadata: dict[str, Any] = dict(sentence_pieces(trained))
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[tokens.index("§§")] = "two words "
+    tokenizer = load(gguf(metadata | {"tokenizer.ggml.tokens": tuple(tokens)}))
+    ids = tokenizer.encode("the two words §", add_start=False)
+    assert "two words " in names(tokenizer, ids)
+    assert tokenizer.decode(ids) == "the two words §"
+
+
 def test_a_vocabulary_can_forbid_the_first_space(
     trained: sentencepiece.SentencePieceProcessor,
 ) -> None:
