@@ -25,7 +25,9 @@ Part = tuple[str, bool]  # text, whether the template wrote it
 
 # Letters of the private use area: no template's filter changes them, no vocabulary has them.
 _PLACEHOLDER = re.compile("\ue000([0-9]{1,4})\ue001")
-_SLOT = re.compile(r"\{(start|end|content|system)\}")
+_SLOT = re.compile(r"\{(start|end|content|trimmed|system)\}")
+# How Alpaca's instructions bring what they are about.
+_INPUT = "\n\n### Input:\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ class Message:
 class BuiltIn:
     """A template by name: a pattern a role, filled in and joined.
 
-    {content} is the message's, {start} and {end} are the model's tokens. {system} in `user`: a
-    system message stands inside the user's that follows it, else it has a turn of its own.
+    {content} is the message's, {trimmed} the same without white space around it; {start} and {end}
+    are the model's tokens. {system} in `user`: a system message stands inside the user's that
+    follows it, else it has a turn of its own.
     """
 
     system: str
@@ -50,6 +53,7 @@ class BuiltIn:
     reply: str  # what the model's answer continues
     opening: str = ""
     default_system: str = ""  # where the conversation brings none
+    input_system: str = ""  # and its first message has an input, as Alpaca's may
 
     @property
     def folds_system(self) -> bool:
@@ -57,8 +61,9 @@ class BuiltIn:
         return "{system}" in self.user
 
 
-# Sources, in this order: stanford_alpaca's train.py; FastChat's conversation vicuna_v1.1; llama's
-# generation.py; Llama 3's model card; OpenAI's ChatML; Mistral-7B-Instruct's model card.
+# Sources, in this order: stanford_alpaca's train.py (whose examples have one turn); FastChat's
+# conversation vicuna_v1.1; llama's generation.py; llama3's tokenizer.py; OpenAI's ChatML;
+# Mistral-7B-Instruct's model card.
 BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
     {
         "alpaca": BuiltIn(
@@ -66,6 +71,10 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
             default_system=(
                 "Below is an instruction that describes a task."
                 " Write a response that appropriately completes the request."
+            ),
+            input_system=(
+                "Below is an instruction that describes a task, paired with an input that provides"
+                " further context. Write a response that appropriately completes the request."
             ),
             system="{content}\n\n",
             user="### Instruction:\n{content}\n\n",
@@ -85,15 +94,15 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
         ),
         "llama-2": BuiltIn(
             system="<<SYS>>\n{content}\n<</SYS>>\n\n",
-            user="{start}[INST] {system}{content} [/INST]",
-            assistant=" {content} {end}",
+            user="{start}[INST] {system}{trimmed} [/INST]",
+            assistant=" {trimmed} {end}",
             reply="",
         ),
         "llama-3": BuiltIn(
             opening="{start}",
-            system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
-            user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
-            assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{content}<|eot_id|>",
+            system="<|start_header_id|>system<|end_header_id|>\n\n{trimmed}<|eot_id|>",
+            user="<|start_header_id|>user<|end_header_id|>\n\n{trimmed}<|eot_id|>",
+            assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{trimmed}<|eot_id|>",
             reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
         "chatml": BuiltIn(
@@ -139,8 +148,8 @@ def fill(template: BuiltIn, messages: Sequence[Message], start: str, end: str) -
 
     Raises UsageError if a system message has no user's message to stand in.
     """
-    if template.default_system and messages[0].role != "system":
-        messages = [Message("system", template.default_system), *messages]
+    if messages[0].role != "system" and (system := _default_system(template, messages[0])):
+        messages = [Message("system", system), *messages]
     tokens = {"start": [(start, True)], "end": [(end, True)]}
     parts = _filled(template.opening, tokens)
     folded: list[Part] = []
@@ -148,7 +157,10 @@ def fill(template: BuiltIn, messages: Sequence[Message], start: str, end: str) -
         pattern = {"system": template.system, "user": template.user}.get(
             message.role, template.assistant
         )
-        slots = tokens | {"content": [(message.content, False)], "system": folded}
+        # Behind a system message only the end is trimmed: the two are one text for LLaMA 2.
+        trimmed = message.content.rstrip() if folded else message.content.strip()
+        slots = {"content": [(message.content, False)], "trimmed": [(trimmed, False)]}
+        slots |= tokens | {"system": folded}
         turn = _filled(pattern, slots)
         if message.role == "system" and template.folds_system:
             folded = [*folded, *turn]
@@ -184,6 +196,11 @@ def parts_of(rendered: str, messages: Sequence[Message], template_name: str) -> 
             f"the chat template of {template_name} makes {length:,} letters of this conversation"
         )
     return parts
+
+
+def _default_system(template: BuiltIn, first: Message) -> str:
+    has_input = template.input_system and _INPUT in first.content
+    return template.input_system if has_input else template.default_system
 
 
 def _placeholder(index: int, content: str) -> str:

@@ -70,6 +70,54 @@ def test_a_built_in_template_makes_the_prompt_its_models_learned(name: str, expe
     assert prompt(name, *TALK) == expected
 
 
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\nHi.\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "Add.\n\n### Input:\n1 2\n\n### Response:"
+)
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the user's questions. USER: Hi. ASSISTANT:"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("alpaca", "Hi.", f"<s>{ALPACA}"),
+        ("alpaca", "Add.\n\n### Input:\n1 2", f"<s>{ALPACA_WITH_INPUT}"),
+        ("vicuna", "Hi.", f"<s>{VICUNA}"),
+        ("llama-2", " Hi.\n", "<s>[INST] Hi. [/INST]"),
+        (
+            "llama-3",
+            "\nHi. ",
+            "<s><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("chatml", "Hi. ", "<|im_start|>user\nHi. <|im_end|>\n<|im_start|>assistant\n"),
+        ("mistral", "Hi. ", "<s>[INST] Hi.  [/INST]"),
+    ],
+)
+def test_one_question_is_written_exactly_as_the_source_writes_it(
+    name: str, content: str, expected: str
+) -> None:
+    assert prompt(name, Message("user", content)) == expected
+
+
+def test_llama_2_takes_a_system_message_and_a_question_as_one_text() -> None:
+    talk = (
+        Message("system", " Be kind. "),
+        Message("user", "\n Hi. "),
+        Message("assistant", " A "),
+    )
+    expected = "<s>[INST] <<SYS>>\n Be kind. \n<</SYS>>\n\n\n Hi. [/INST] A </s>"
+    assert prompt("llama-2", *talk) == expected
+
+
 def test_alpaca_and_vicuna_bring_their_own_system_message() -> None:
     assert prompt("alpaca", USER).startswith("<s>Below is an instruction that describes a task.")
     assert prompt("vicuna", USER).startswith("<s>A chat between a curious user and an artificial")
