@@ -4,7 +4,10 @@ The merges come from the file. The way text is cut into words before merging is 
 only its name is (tokenizer.ggml.pre): the patterns below are those of the models' own tokenizers. A
 vocabulary may lack single bytes (SmolLM2's lacks 21 that no ordinary text has): such bytes are left
 out of what is encoded, as the model's own tokenizer does. No normalization: text comes back as it
-went in.
+went in (Qwen2's own tokenizer composes letters first, which a GGUF can't say; llama.cpp does not
+either). Of 20,000 random texts in each way, and 212,000 letters, llama.cpp cut differently only
+letters younger than its Unicode tables, and words that hold a byte that the vocabulary lacks: there
+the models' own tokenizers are followed.
 """
 
 from __future__ import annotations

@@ -201,6 +201,19 @@ def test_byte_level_text_comes_back_as_it_went_in(bpe: Tokenizer, text: str) -> 
     assert bpe.decode(bpe.encode(text, add_start=True)) == text
 
 
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "qwen2"])
+def test_text_comes_back_whatever_cuts_it(pre: str) -> None:
+    tokenizer = load(gguf(byte_level(pre=pre, add_bos_token=False)))
+
+    @given(any_text)
+    @example("e\u0301 \u212b 1234567\r\n  \u3000it'S '\u017f")
+    @settings(deadline=None, max_examples=50)
+    def holds(text: str) -> None:
+        assert tokenizer.decode(tokenizer.encode(text, add_start=True)) == text
+
+    holds()
+
+
 @given(any_text.filter(lambda text: "\u2581" not in text))
 @example(" one")
 @settings(deadline=None)
