@@ -18,8 +18,10 @@ from potluck.gguf import GgufFile
 TOKENS_LIMIT = 1 << 20  # the largest known vocabulary has 262,144
 # Tokens that end a turn even where the file names only one of them; llama.cpp has these too.
 END_TEXTS = frozenset(
-    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn>"
-    " <EOT>".split()
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>"),
+        *("<|end_of_text|>", "<end_of_turn>", "<EOT>"),
+    )
 )
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # A token that is added to a vocabulary by hand and looks like this means something to the model. A

@@ -9,7 +9,7 @@ from potluck.cursor import shown
 from potluck.errors import ModelError
 from potluck.vocabulary import TOKENS_LIMIT, Kind
 
-TOKEN_BYTES_LIMIT = 4096  # the longest in a published vocabulary has some 500
+TOKEN_BYTES_LIMIT = 4096  # tokens are words; even runs of spaces stay far below
 # As llama.cpp's converter scores them; neither is ever made by merging.
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0
 # How many rows may be behind the last token, if their number is a multiple of 8: training pads
@@ -128,7 +128,7 @@ def _remedy(table: TokenTable, n_rows: int) -> str:
     if n_rows > len(table.tokens):
         return "is added_tokens.json or tokenizer_config.json missing in the folder?"
     extra = ", ".join(map(repr, table.tokens[n_rows : n_rows + 3]))
-    return f"the model has no row for {shown(extra)}; is the vocabulary another model's?"
+    return f"the model has no row for {shown(extra)}: another model's, or added in a JSON file?"
 
 
 def _misfit(
