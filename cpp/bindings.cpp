@@ -190,21 +190,39 @@ py::class_<T> FinalClass(py::module_& m, const char* name) {
                        py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)));
 }
 
-void BindValues(py::module_& m) {
+void BindConfig(py::module_& m) {
+  FinalClass<RopeScaling>(m, "RopeScaling")
+      .def(
+          py::init([](double factor, double extrapolation, double original_tokens, double beta_fast,
+                      double beta_slow, double magnitude, std::vector<float> divisors) {
+            return RopeScaling{factor,    extrapolation, original_tokens,    beta_fast,
+                               beta_slow, magnitude,     std::move(divisors)};
+          }),
+          py::kw_only(), py::arg("factor") = 1.0, py::arg("extrapolation") = 0.0,
+          py::arg("original_tokens") = 0.0, py::arg("beta_fast") = 32.0, py::arg("beta_slow") = 1.0,
+          py::arg("magnitude") = 1.0, py::arg("divisors") = std::vector<float>{});
   FinalClass<Config>(m, "Config")
       .def(py::init([](size_t dim, size_t n_layers, size_t n_heads, size_t n_kv_heads,
                        size_t head_dim, size_t ffn_dim, size_t vocab, size_t context_tokens,
-                       double norm_eps, double rope_theta, size_t rope_dim, bool rope_interleaved) {
-             const Config config{dim,      n_layers,   n_heads,  n_kv_heads,
-                                 head_dim, ffn_dim,    vocab,    context_tokens,
-                                 norm_eps, rope_theta, rope_dim, rope_interleaved};
+                       double norm_eps, double rope_theta, size_t rope_dim, bool rope_interleaved,
+                       const RopeScaling& rope_scaling, bool qkv_bias, bool output_bias,
+                       bool qk_norm) {
+             const Config config{dim,          n_layers,   n_heads,     n_kv_heads,
+                                 head_dim,     ffn_dim,    vocab,       context_tokens,
+                                 norm_eps,     rope_theta, rope_dim,    rope_interleaved,
+                                 rope_scaling, qkv_bias,   output_bias, qk_norm};
              Check(config, ShardPart{0, n_layers});  // a shard checks its own span
              return config;
            }),
            py::kw_only(), py::arg("dim"), py::arg("n_layers"), py::arg("n_heads"),
            py::arg("n_kv_heads"), py::arg("head_dim"), py::arg("ffn_dim"), py::arg("vocab"),
            py::arg("context_tokens"), py::arg("norm_eps"), py::arg("rope_theta"),
-           py::arg("rope_dim"), py::arg("rope_interleaved"));
+           py::arg("rope_dim"), py::arg("rope_interleaved"),
+           py::arg("rope_scaling") = RopeScaling{}, py::arg("qkv_bias") = false,
+           py::arg("output_bias") = false, py::arg("qk_norm") = false);
+}
+
+void BindRows(py::module_& m) {
   FinalClass<RowSpan>(m, "RowSpan")
       .def(py::init(
                [](uint64_t session, size_t start_position, size_t n_tokens, size_t want_logits) {
@@ -390,7 +408,8 @@ PYBIND11_MODULE(_engine, m) {
       py::arg("type_name"));
   m.def("exp", ExpOf, py::arg("values"), py::arg("out"));
   m.def("log_sum_exp", LogSumExpOf, py::arg("logits"));
-  BindValues(m);
+  BindConfig(m);
+  BindRows(m);
   BindEngine(m);
   BindShard(m);
   m.def("matmul", MatMulOf, py::arg("engine"), py::arg("type_name"), py::arg("rows"),

@@ -5,6 +5,7 @@ copied; a wrong one raises UsageError. Each call that computes, waits or reads a
 GIL. Errors are those of potluck.errors, named at each call.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -64,6 +65,22 @@ class Engine:
         """
 
 @final
+class RopeScaling:
+    """How rotary angles are stretched; cpp/engine/rope.h has the arithmetic, Config the checks."""
+
+    def __init__(
+        self,
+        *,
+        factor: float = 1.0,
+        extrapolation: float = 0.0,
+        original_tokens: float = 0.0,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        magnitude: float = 1.0,
+        divisors: Sequence[float] = ...,
+    ) -> None: ...
+
+@final
 class Config:
     """What the engine must know of a model. ModelError: a value that makes no model."""
 
@@ -82,6 +99,10 @@ class Config:
         rope_theta: float,
         rope_dim: int,
         rope_interleaved: bool,
+        rope_scaling: RopeScaling = ...,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
     ) -> None: ...
 
 @final

@@ -24,6 +24,35 @@ void CheckPositive(const char* name, double value) {
   throw ModelError(std::string(name) + ": a positive number, not " + std::to_string(value));
 }
 
+// Zeros, negative values, infinities and NaN are outside of all ranges.
+void CheckRange(const char* name, double value, double least, double most) {
+  if (value >= least && value <= most) return;
+  throw ModelError(std::string(name) + ": " + std::to_string(least) + " to " +
+                   std::to_string(most) + ", not " + std::to_string(value));
+}
+
+// Frequencies end up at most 2 radians a position, so that all angles are such as SinCosDouble
+// takes.
+void CheckRope(const Config& config) {
+  const RopeScaling& scaling = config.rope_scaling;
+  CheckRange("rope scaling factor", scaling.factor, 1, 0x1p20);
+  CheckRange("rope extrapolation", scaling.extrapolation, 0, 1);
+  CheckRange("rope magnitude", scaling.magnitude, 0x1p-10, 0x1p10);
+  if (scaling.extrapolation > 0) {
+    CheckRange("rope_theta with YaRN", config.rope_theta, 1.5, 1e12);
+    CheckRange("rope original_tokens", scaling.original_tokens, 1, 0x1p24);
+    CheckRange("rope beta_fast", scaling.beta_fast, 0x1p-10, 0x1p20);
+    CheckRange("rope beta_slow", scaling.beta_slow, 0x1p-10, 0x1p20);
+  }
+  if (!scaling.divisors.empty() && scaling.divisors.size() != config.rope_dim / 2) {
+    throw ModelError("rope divisors: " + std::to_string(config.rope_dim / 2) + ", not " +
+                     std::to_string(scaling.divisors.size()));
+  }
+  for (const float divisor : scaling.divisors) {
+    CheckRange("rope divisor", static_cast<double>(divisor), 0.5, 0x1p20);
+  }
+}
+
 }  // namespace
 
 KvType KvTypeOf(std::string_view name) {
@@ -51,7 +80,8 @@ void Check(const Config& config, const ShardPart& part) {
     throw ModelError("rope_dim: an even number, not " + std::to_string(config.rope_dim));
   }
   CheckPositive("norm_eps", config.norm_eps);
-  CheckPositive("rope_theta", config.rope_theta);
+  CheckRange("rope_theta", config.rope_theta, 1, 1e12);
+  CheckRope(config);
   if (part.start >= part.stop || part.stop > config.n_layers) {
     throw UsageError("span [" + std::to_string(part.start) + ", " + std::to_string(part.stop) +
                      ") of a model of " + std::to_string(config.n_layers) + " layers");

@@ -8,11 +8,24 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace potluck {
 
 // Angles of positions beyond would lose precision (canon.h, SinCosDouble).
 constexpr size_t kMostPositions = size_t{1} << 24;
+
+// How the angles of rotary embeddings are stretched for more positions than a model saw at first.
+// What it starts with changes nothing.
+struct RopeScaling {
+  double factor = 1;            // frequencies are divided by it
+  double extrapolation = 0;     // of YaRN: how far fast pairs are kept from that; 0: not at all
+  double original_tokens = 0;   // of YaRN: positions that the model saw at first
+  double beta_fast = 32;        // of YaRN: a pair that turns so often within them is fast,
+  double beta_slow = 1;         // and one that turns so often is slow
+  double magnitude = 1;         // of cosine and sine, beside what YaRN gives them
+  std::vector<float> divisors;  // [rope_dim / 2] of the frequencies, before all that; none: 1
+};
 
 struct Config {
   size_t dim = 0;             // values of a hidden state
@@ -28,6 +41,10 @@ struct Config {
   size_t rope_dim = 0;        // leading values of a head that are rotated; even, at most head_dim
   bool rope_interleaved =
       false;  // the file's Q and K rows hold rotary pairs side by side (LLaMA's GGUF)
+  RopeScaling rope_scaling;
+  bool qkv_bias = false;     // q, k and v are products plus a bias,
+  bool output_bias = false;  // and so is what attention adds
+  bool qk_norm = false;      // each head of q and k is normed before it is rotated
 
   size_t QueryDim() const { return n_heads * head_dim; }
   size_t KvDim() const { return n_kv_heads * head_dim; }

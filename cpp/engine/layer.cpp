@@ -94,7 +94,26 @@ bool ScaleQuery(const float* head, size_t head_dim, float scale, float* out) {
 
 enum class Part { kKeys, kValues, kQueries };
 
-// One head of one row, fresh from its matrix, goes to its place. False: not finite.
+// What makes one of q, k and v.
+struct Projection {
+  Part part;
+  const Matrix& matrix;
+  const float* bias;  // [matrix.rows] or null
+  const float* norm;  // [head_dim] or null
+};
+
+// A head's values, fresh from their matrix, plus their bias; then normed as hidden states are. Both
+// by its own values only, so that no split of the heads changes a bit. False: not finite.
+bool FinishHead(Step& step, const Projection& projection, size_t head, float* values) {
+  const size_t head_dim = step.config.head_dim;
+  const VectorTable& vector = *step.kernels.vector;
+  if (projection.bias != nullptr) vector.add(projection.bias + head * head_dim, head_dim, values);
+  if (projection.norm == nullptr) return true;
+  return vector.rms_norm(values, projection.norm, head_dim,
+                         static_cast<float>(step.config.norm_eps), values);
+}
+
+// One head of one row goes to its place. False: not finite.
 bool PlaceHead(Step& step, Part part, size_t index, size_t row, size_t head, float* values) {
   const size_t head_dim = step.config.head_dim;
   if (part != Part::kValues) Rotate(step, row, values);
@@ -114,9 +133,10 @@ bool PlaceHead(Step& step, Part part, size_t index, size_t row, size_t head, flo
 }
 
 // A unit of heads (whole panels) of q, k or v, over all rows.
-void ProjectUnit(Step& step, size_t thread, Part part, const Matrix& matrix, size_t index,
+void ProjectUnit(Step& step, size_t thread, const Projection& projection, size_t index,
                  size_t unit) {
   const Config& config = step.config;
+  const Matrix& matrix = projection.matrix;
   const size_t n_heads = matrix.rows / config.head_dim;
   const size_t first_head = unit * HeadsOfUnit(config);
   const size_t last_head = std::min(first_head + HeadsOfUnit(config), n_heads);
@@ -128,26 +148,33 @@ void ProjectUnit(Step& step, size_t thread, Part part, const Matrix& matrix, siz
   for (size_t row = 0; row < step.batch.n_rows(); ++row) {
     for (size_t head = first_head; head < last_head; ++head) {
       float* const values = product + row * columns + (head - first_head) * config.head_dim;
-      if (!PlaceHead(step, part, index, row, head, values)) step.failure.Report(row);
+      if (!FinishHead(step, projection, head, values) ||
+          !PlaceHead(step, projection.part, index, row, head, values)) {
+        step.failure.Report(row);
+      }
     }
   }
 }
 
-// Norm; q rotated and scaled; keys and values into their pages.
+// Norm; q and k normed by heads, if the model does so; q rotated and scaled; keys and values into
+// their pages.
 bool ProjectQkv(Step& step, const LayerWeights& layer, size_t index) {
   const Config& config = step.config;
   const Rows x = {step.scratch.x.data(), step.batch.n_rows(), config.dim, layer.attn_norm};
   if (!step.activations.Begin(step, x, {&layer.q, &layer.k, &layer.v})) return false;
   const size_t kv_units = DivideUp(config.n_kv_heads, HeadsOfUnit(config));
   const size_t q_units = DivideUp(config.n_heads, HeadsOfUnit(config));
+  const Projection keys = {Part::kKeys, layer.k, layer.k_bias, layer.k_norm};
+  const Projection values = {Part::kValues, layer.v, layer.v_bias, nullptr};
+  const Projection queries = {Part::kQueries, layer.q, layer.q_bias, layer.q_norm};
   return step.Run(2 * kv_units + q_units, 1, [&](size_t thread, size_t first, size_t last) {
     for (size_t unit = first; unit < last; ++unit) {
       if (unit < kv_units) {
-        ProjectUnit(step, thread, Part::kKeys, layer.k, index, unit);
+        ProjectUnit(step, thread, keys, index, unit);
       } else if (unit < 2 * kv_units) {
-        ProjectUnit(step, thread, Part::kValues, layer.v, index, unit - kv_units);
+        ProjectUnit(step, thread, values, index, unit - kv_units);
       } else {
-        ProjectUnit(step, thread, Part::kQueries, layer.q, index, unit - 2 * kv_units);
+        ProjectUnit(step, thread, queries, index, unit - 2 * kv_units);
       }
     }
   });
@@ -159,8 +186,8 @@ bool Attend(Step& step, size_t index) {
   return step.EndPhase();
 }
 
-// scratch.x += rows . matrix^T
-bool AddProduct(Step& step, const Matrix& matrix, const float* rows) {
+// scratch.x += rows . matrix^T + bias, if there is one: [dim] or null
+bool AddProduct(Step& step, const Matrix& matrix, const float* bias, const float* rows) {
   const size_t dim = step.config.dim;
   if (!step.activations.Begin(step, {rows, step.batch.n_rows(), matrix.cols, nullptr}, {&matrix})) {
     return false;
@@ -176,7 +203,9 @@ bool AddProduct(Step& step, const Matrix& matrix, const float* rows) {
     const size_t n = std::min(columns, dim - start);
     for (size_t row = 0; row < step.batch.n_rows(); ++row) {
       float* const x = step.scratch.x.data() + row * dim + start;
-      step.kernels.vector->add(product + row * columns, n, x);
+      float* const added = product + row * columns;
+      if (bias != nullptr) step.kernels.vector->add(bias + start, n, added);
+      step.kernels.vector->add(added, n, x);
     }
   });
 }
@@ -257,11 +286,12 @@ void Embed(Step& step, const Matrix& embedding, const int32_t* tokens) {
 }
 
 bool RunLayer(Step& step, const LayerWeights& layer, size_t index) {
-  return ProjectQkv(step, layer, index) &&                             // norm; q, keys, values
-         Attend(step, index) &&                                        // mixed
-         AddProduct(step, layer.output, step.scratch.mixed.data()) &&  // first residual
-         GateUp(step, layer) &&                                        // norm; hidden
-         AddProduct(step, layer.down, step.scratch.hidden.data());     // second residual
+  const Scratch& scratch = step.scratch;
+  return ProjectQkv(step, layer, index) &&  // norm; q, keys, values
+         Attend(step, index) &&             // mixed
+         AddProduct(step, layer.output, layer.output_bias, scratch.mixed.data()) &&
+         GateUp(step, layer) &&  // norm; hidden
+         AddProduct(step, layer.down, nullptr, scratch.hidden.data());
 }
 
 bool RunHead(Step& step, const SpanWeights& span, size_t n_rows, float* logits) {

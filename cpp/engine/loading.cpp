@@ -13,12 +13,8 @@ const char* const kEmbedding = "token_embd.weight";
 const char* const kOutputNorm = "output_norm.weight";
 const char* const kHead = "output.weight";
 
-// A layer's tensors, in the order of LayerWeights.
-const char* const kLayerTensors[] = {"attn_norm", "attn_q",   "attn_k", "attn_v",  "attn_output",
-                                     "ffn_norm",  "ffn_gate", "ffn_up", "ffn_down"};
-
 std::string LayerTensor(size_t layer, const char* name) {
-  return "blk." + std::to_string(layer) + "." + name + ".weight";
+  return "blk." + std::to_string(layer) + "." + name;
 }
 
 PackSource SourceOf(const WeightFile& file) { return {file.size_bytes(), file.modified_ns()}; }
@@ -29,11 +25,11 @@ size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 Loading::Loading(const Config& config, const ShardPart& part)
     : config_(config), part_(part), arena_([&] {
-        if (part.embeds || part.has_head) Add(kEmbedding, config.vocab, config.dim);
+        if (part.embeds || part.has_head) Add(kEmbedding, {config.vocab, config.dim});
         for (size_t layer = part.start; layer < part.stop; ++layer) AddLayer(layer);
         if (part.has_head) {
-          Add(kOutputNorm, 1, config.dim);
-          Add(kHead, config.vocab, config.dim);
+          Add(kOutputNorm, {1, config.dim, Kind::kVector});
+          Add(kHead, {config.vocab, config.dim});
         }
         size_t most_bytes = 0;
         for (const Slot& slot : slots_) {
@@ -44,12 +40,11 @@ Loading::Loading(const Config& config, const ShardPart& part)
         return most_bytes;
       }()) {}
 
-void Loading::Add(const std::string& name, size_t rows, size_t cols) {
+void Loading::Add(const std::string& name, const Wanted& wanted) {
   Slot slot;
-  slot.form.shape = {name, rows, cols};
-  slot.form.is_vector = name.find("norm") != std::string::npos;
-  if (config_.rope_interleaved &&
-      (name.find("attn_q.") != std::string::npos || name.find("attn_k.") != std::string::npos)) {
+  slot.form.shape = {name, wanted.rows, wanted.cols};
+  slot.form.is_vector = wanted.kind == Kind::kVector;
+  if (wanted.is_rotated && config_.rope_interleaved) {
     slot.form.head_dim = config_.head_dim;
     slot.form.rope_dim = config_.rope_dim;
   }
@@ -59,15 +54,33 @@ void Loading::Add(const std::string& name, size_t rows, size_t cols) {
 
 void Loading::AddLayer(size_t layer) {
   const size_t dim = config_.dim;
-  Add(LayerTensor(layer, "attn_norm"), 1, dim);
-  Add(LayerTensor(layer, "attn_q"), config_.QueryDim(), dim);
-  Add(LayerTensor(layer, "attn_k"), config_.KvDim(), dim);
-  Add(LayerTensor(layer, "attn_v"), config_.KvDim(), dim);
-  Add(LayerTensor(layer, "attn_output"), dim, config_.QueryDim());
-  Add(LayerTensor(layer, "ffn_norm"), 1, dim);
-  Add(LayerTensor(layer, "ffn_gate"), config_.ffn_dim, dim);
-  Add(LayerTensor(layer, "ffn_up"), config_.ffn_dim, dim);
-  Add(LayerTensor(layer, "ffn_down"), dim, config_.ffn_dim);
+  const size_t q_dim = config_.QueryDim();
+  const size_t kv_dim = config_.KvDim();
+  const auto matrix = [&](const char* name, size_t rows, size_t cols, bool is_rotated = false) {
+    Add(LayerTensor(layer, name), {rows, cols, Kind::kMatrix, is_rotated});
+  };
+  const auto vector = [&](const char* name, size_t values, bool is_rotated = false) {
+    Add(LayerTensor(layer, name), {1, values, Kind::kVector, is_rotated});
+  };
+  vector("attn_norm.weight", dim);
+  matrix("attn_q.weight", q_dim, dim, true);
+  matrix("attn_k.weight", kv_dim, dim, true);
+  matrix("attn_v.weight", kv_dim, dim);
+  matrix("attn_output.weight", dim, q_dim);
+  vector("ffn_norm.weight", dim);
+  matrix("ffn_gate.weight", config_.ffn_dim, dim);
+  matrix("ffn_up.weight", config_.ffn_dim, dim);
+  matrix("ffn_down.weight", dim, config_.ffn_dim);
+  if (config_.qkv_bias) {
+    vector("attn_q.bias", q_dim, true);
+    vector("attn_k.bias", kv_dim, true);
+    vector("attn_v.bias", kv_dim);
+  }
+  if (config_.output_bias) vector("attn_output.bias", dim);
+  if (config_.qk_norm) {
+    vector("attn_q_norm.weight", config_.head_dim, true);
+    vector("attn_k_norm.weight", config_.head_dim, true);
+  }
 }
 
 std::vector<TensorShape> Loading::Matrices() const {
@@ -316,12 +329,7 @@ SpanWeights Loading::Seal() {
     span.embedding_packs = PacksOf({kEmbedding});
   }
   for (size_t layer = part_.start; layer < part_.stop; ++layer) {
-    std::vector<std::string> names;
-    for (const char* name : kLayerTensors) names.push_back(LayerTensor(layer, name));
-    const auto matrix = [&](size_t i) { return MatrixOf(names[i]); };
-    const auto vector = [&](size_t i) { return VectorOf(names[i]); };
-    span.layers.push_back({vector(0), matrix(1), matrix(2), matrix(3), matrix(4), vector(5),
-                           matrix(6), matrix(7), matrix(8), PacksOf(names)});
+    span.layers.push_back(LayerOf(layer));
   }
   if (part_.has_head) {
     const char* const head = Find(kHead).is_complete() ? kHead : kEmbedding;
@@ -331,6 +339,37 @@ SpanWeights Loading::Seal() {
   }
   arena_.Seal();
   return span;
+}
+
+LayerWeights Loading::LayerOf(size_t layer) const {
+  std::vector<std::string> names;
+  const auto matrix = [&](const char* name) {
+    names.push_back(LayerTensor(layer, name));
+    return MatrixOf(names.back());
+  };
+  const auto vector = [&](const char* name) -> const float* {
+    if (index_.count(LayerTensor(layer, name)) == 0) return nullptr;
+    names.push_back(LayerTensor(layer, name));
+    return VectorOf(names.back());
+  };
+  LayerWeights weights;
+  weights.attn_norm = vector("attn_norm.weight");
+  weights.q = matrix("attn_q.weight");
+  weights.k = matrix("attn_k.weight");
+  weights.v = matrix("attn_v.weight");
+  weights.output = matrix("attn_output.weight");
+  weights.ffn_norm = vector("ffn_norm.weight");
+  weights.gate = matrix("ffn_gate.weight");
+  weights.up = matrix("ffn_up.weight");
+  weights.down = matrix("ffn_down.weight");
+  weights.q_bias = vector("attn_q.bias");
+  weights.k_bias = vector("attn_k.bias");
+  weights.v_bias = vector("attn_v.bias");
+  weights.output_bias = vector("attn_output.bias");
+  weights.q_norm = vector("attn_q_norm.weight");
+  weights.k_norm = vector("attn_k_norm.weight");
+  weights.packs = PacksOf(names);
+  return weights;
 }
 
 Matrix Loading::MatrixOf(const std::string& name) const {

@@ -70,7 +70,15 @@ class Loading {
     const uint8_t* bytes() const { return pack != nullptr ? pack->tensor(in_pack) : place; }
   };
 
-  void Add(const std::string& name, size_t rows, size_t cols);
+  enum class Kind { kMatrix, kVector };
+  struct Wanted {
+    size_t rows;
+    size_t cols;
+    Kind kind = Kind::kMatrix;
+    bool is_rotated = false;  // rows, or values, are those of heads of q or k
+  };
+
+  void Add(const std::string& name, const Wanted& wanted);
   void AddLayer(size_t layer);
   const Slot& Find(const std::string& name) const;
   size_t Expected(const TensorSource& source) const;
@@ -80,6 +88,7 @@ class Loading {
   void PutRows(Pool& pool, Slot& slot, size_t first_row, size_t last_row, const uint8_t* data);
   PackPlan PlanOf(const std::vector<TensorSource>& sources, const PackSource& file) const;
   void CheckComplete() const;
+  LayerWeights LayerOf(size_t layer) const;
   Matrix MatrixOf(const std::string& name) const;
   const float* VectorOf(const std::string& name) const;
   std::vector<PackFile*> PacksOf(const std::vector<std::string>& names) const;

@@ -30,7 +30,7 @@ float WidenedAt(WeightType type, const uint8_t* bytes, size_t i) {
 bool Widen(const TensorForm& form, const uint8_t* row, float* out) {
   bool finite = true;
   for (size_t i = 0; i < form.shape.cols; ++i) {
-    out[i] = WidenedAt(form.type->type, row, i);
+    out[i] = WidenedAt(form.type->type, row, form.FileRow(i));
     finite &= std::isfinite(out[i]);
   }
   return finite;

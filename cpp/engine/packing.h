@@ -18,7 +18,8 @@ namespace potluck {
 struct TensorForm {
   TensorShape shape;
   bool is_vector = false;          // kept as f32, whatever the file has
-  size_t head_dim = 0;             // Q and K with rotary pairs side by side: rows of a head,
+  size_t head_dim = 0;             // Q and K with rotary pairs side by side: rows of a head (of a
+                                   // vector: values),
   size_t rope_dim = 0;             // and how many of them are permuted; 0: rows stay in order
   const TypeInfo* type = nullptr;  // in the file
 
@@ -26,7 +27,7 @@ struct TensorForm {
   size_t panel_bytes() const;  // packed
   size_t packed_bytes() const { return n_panels() * panel_bytes(); }
   size_t row_bytes() const { return RowBytes(type->type, shape.cols); }  // in the file
-  // The file's row that is packed as `row`.
+  // The file's row that is packed as `row`; of a vector, its value.
   size_t FileRow(size_t row) const;
   // What streaming, writing and checking take at once: about 1 MiB, and the same on every machine.
   size_t PiecePanels() const;

@@ -79,7 +79,7 @@ struct Shard::State {
            part.kv_bytes, part.max_sessions),
         attention(config, part.kv_type, pool.threads()),
         activations(kernels, static_cast<float>(config.norm_eps), pool.threads()),
-        rope(config.rope_theta, config.rope_dim) {}
+        rope(config.rope_theta, config.rope_dim, config.rope_scaling) {}
 
   std::vector<double> Forward(const Input& input, const std::vector<RowSpan>& rows, float* output,
                               size_t output_values);

@@ -34,7 +34,14 @@ struct LayerWeights {
   Matrix gate;                       // [ffn_dim, dim]
   Matrix up;                         // [ffn_dim, dim]
   Matrix down;                       // [dim, ffn_dim]
-  std::vector<PackFile*> packs;      // that hold any of these; of Loading
+  // Those that the model has, or null. The values of q and k lie as the rows of their matrices.
+  const float* q_bias = nullptr;       // [n_heads * head_dim]
+  const float* k_bias = nullptr;       // [n_kv_heads * head_dim]
+  const float* v_bias = nullptr;       // [n_kv_heads * head_dim]
+  const float* output_bias = nullptr;  // [dim]
+  const float* q_norm = nullptr;       // [head_dim]
+  const float* k_norm = nullptr;       // [head_dim]
+  std::vector<PackFile*> packs;        // that hold any of these; of Loading
 };
 
 struct SpanWeights {

@@ -143,6 +143,77 @@ TEST(rope_turns_pair_i_by_position_times_theta_to_the_minus_2i_over_dim) {
   CHECK_EQ(sine[31], 0.0f);
 }
 
+namespace {
+
+// Angle and length of each pair at a position.
+void CheckTurns(const potluck::Rope& rope, const std::vector<double>& frequencies, double length) {
+  const size_t half = rope.half();
+  CHECK_EQ(half, frequencies.size());
+  std::vector<float> cosine(half);
+  std::vector<float> sine(half);
+  for (const size_t position : {0u, 1u, 17u, 4095u}) {
+    rope.Angles(position, cosine.data(), sine.data());
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * frequencies[i];
+      CHECK(std::abs(cosine[i] - length * std::cos(angle)) < 8e-8 * length);
+      CHECK(std::abs(sine[i] - length * std::sin(angle)) < 8e-8 * length);
+    }
+  }
+}
+
+}  // namespace
+
+TEST(rope_divides_frequencies_by_factor_and_divisors) {
+  potluck::RopeScaling scaling;
+  scaling.factor = 4;
+  scaling.divisors = {1, 2, 4, 8};
+  const auto exact = [](double i) { return std::pow(10000.0, -i / 4); };
+  CheckTurns(potluck::Rope(10000.0, 8, scaling),
+             {exact(0) / 4, exact(1) / 8, exact(2) / 16, exact(3) / 32}, 1);
+  scaling.magnitude = 1.5;
+  scaling.divisors.clear();
+  CheckTurns(potluck::Rope(10000.0, 8, scaling),
+             {exact(0) / 4, exact(1) / 4, exact(2) / 4, exact(3) / 4}, 1.5);
+}
+
+// By hand, for theta 10000, 16 values, 1024 positions at first: pair i turns 163 * 10^(-i / 2)
+// times within them. 32 times: i = 1.41, so pairs 0 and 1 are fast; once: i = 4.42, so 5 and more
+// are slow; 2, 3 and 4 lie at 1/4, 2/4 and 3/4 of the way.
+TEST(rope_of_yarn_keeps_fast_pairs_and_stretches_slow_ones) {
+  potluck::RopeScaling scaling;
+  scaling.factor = 8;
+  scaling.extrapolation = 1;
+  scaling.original_tokens = 1024;
+  const auto frequency = [](double i, double kept) {
+    return std::pow(10000.0, -i / 8) * (kept + (1 - kept) / 8);
+  };
+  const std::vector<double> shares = {1, 1, 0.75, 0.5, 0.25, 0, 0, 0};
+  const double length = 1 + 0.1 * std::log(8.0);
+  std::vector<double> expected, halfway;
+  for (size_t i = 0; i < 8; ++i) {
+    expected.push_back(frequency(static_cast<double>(i), shares[i]));
+    halfway.push_back(frequency(static_cast<double>(i), shares[i] / 2));
+  }
+  CheckTurns(potluck::Rope(10000.0, 16, scaling), expected, length);
+  scaling.extrapolation = 0.5;
+  scaling.magnitude = 2;
+  CheckTurns(potluck::Rope(10000.0, 16, scaling), halfway, 2 * length);
+}
+
+// The bits are the contract between machines, as those of exp.
+TEST(rope_of_yarn_keeps_its_bits) {
+  const potluck::Rope rope(500000.0, 128, {4, 0.75, 8192, 32, 1, 1.1, {}});
+  std::vector<float> cosine(64);
+  std::vector<float> sine(64);
+  uint64_t hash = 14695981039346656037u;
+  for (size_t position = 0; position < 40000; position += 97) {
+    rope.Angles(position, cosine.data(), sine.data());
+    for (const float value : cosine) hash = (hash ^ BitsOf(value)) * 1099511628211u;
+    for (const float value : sine) hash = (hash ^ BitsOf(value)) * 1099511628211u;
+  }
+  CHECK_EQ(hash, uint64_t{13604120933524765743u});
+}
+
 TEST(rope_of_an_odd_width_or_an_impossible_theta_is_refused) {
   CHECK_THROWS(potluck::Rope(10000.0, 63), potluck::UsageError);
   CHECK_THROWS(potluck::Rope(10000.0, 0), potluck::UsageError);

@@ -24,12 +24,12 @@ inline const potluck::ShardPart kWhole = {0, tiny::kLayers, true, true, tiny::kK
 // A folder with a file of all tensors, gone in the end.
 class Folder {
  public:
-  Folder() {
+  explicit Folder(const Config& config = tiny::TinyConfig()) {
     char name[] = "/tmp/potluck_packs_XXXXXX";
     CHECK(mkdtemp(name) != nullptr);
     path_ = name;
     potluck::Pool pool(1);
-    const potluck::Shard shard(pool, potluck::ChooseTable("auto"), tiny::TinyConfig(), kWhole);
+    const potluck::Shard shard(pool, potluck::ChooseTable("auto"), config, kWhole);
     std::vector<uint8_t> file(77);
     for (const potluck::TensorShape& shape : shard.Matrices()) {
       const auto bytes = tiny::BytesOf(shape);
@@ -84,9 +84,9 @@ class Folder {
   std::map<std::string, std::vector<potluck::TensorSource>> parts_;
 };
 
-inline std::unique_ptr<potluck::Shard> NewShard(potluck::Pool& pool) {
-  return std::make_unique<potluck::Shard>(pool, potluck::ChooseTable("auto"), tiny::TinyConfig(),
-                                          kWhole);
+inline std::unique_ptr<potluck::Shard> NewShard(potluck::Pool& pool,
+                                                const Config& config = tiny::TinyConfig()) {
+  return std::make_unique<potluck::Shard>(pool, potluck::ChooseTable("auto"), config, kWhole);
 }
 
 inline void WriteAll(potluck::Shard& shard, const Folder& folder) {

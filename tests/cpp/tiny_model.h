@@ -46,8 +46,22 @@ inline Config TinyConfig() {
   return config;
 }
 
+// All that a model may have beside that.
+inline Config FullConfig() {
+  Config config = TinyConfig();
+  config.rope_scaling = {4, 0.75, 256, 32, 1, 1.1, {1, 1, 1.5f, 2, 3, 4, 8, 8}};
+  config.qkv_bias = true;
+  config.output_bias = true;
+  config.qk_norm = true;
+  return config;
+}
+
+inline bool IsVector(const std::string& name) {
+  return name.find("norm") != std::string::npos || name.find(".bias") != std::string::npos;
+}
+
 inline WeightType TypeOf(const std::string& name) {
-  if (name.find("norm") != std::string::npos) return WeightType::kF32;
+  if (IsVector(name)) return WeightType::kF32;
   if (name == "token_embd.weight") return WeightType::kQ8_0;
   if (name == "output.weight") return WeightType::kQ4_0;
   if (name.find("attn_v") != std::string::npos) return WeightType::kF16;
@@ -84,9 +98,10 @@ inline void PutAll(Shard& shard) {
 
 struct Made {
   explicit Made(size_t threads = 1, ShardPart part = {0, kLayers, true, true, kKvBytes, 64},
-                const std::string& isa = "auto", bool pinned = false)
+                const std::string& isa = "auto", bool pinned = false,
+                const Config& config = TinyConfig())
       : pool(std::make_unique<Pool>(threads, pinned)),
-        shard(std::make_unique<Shard>(*pool, potluck::ChooseTable(isa), TinyConfig(), part)) {
+        shard(std::make_unique<Shard>(*pool, potluck::ChooseTable(isa), config, part)) {
     PutAll(*shard);
     shard->Seal();
   }
