@@ -18,6 +18,7 @@ try:
         PACK_LAYOUT,
         Config,
         Engine,
+        RopeScaling,
         RowSpan,
         Shard,
         available_isas,
@@ -39,6 +40,7 @@ __all__ = [
     "PACK_LAYOUT",
     "Config",
     "Engine",
+    "RopeScaling",
     "RowSpan",
     "Shard",
     "TensorTuple",
@@ -58,6 +60,7 @@ TensorTuple = tuple[str, str, int, int, int]  # name, type, rows, cols, offset i
 
 def config_for(model: ModelConfig) -> Config:
     """What the engine must know of `model`. Raises ModelError beyond the engine's limits."""
+    scaling = model.rope_scaling
     return Config(
         dim=model.dim,
         n_layers=model.n_layers,
@@ -71,6 +74,18 @@ def config_for(model: ModelConfig) -> Config:
         rope_theta=model.rope_theta,
         rope_dim=model.rope_dim,
         rope_interleaved=model.rope_interleaved,
+        rope_scaling=RopeScaling(
+            factor=scaling.factor,
+            extrapolation=scaling.extrapolation,
+            original_tokens=scaling.original_tokens,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            magnitude=scaling.magnitude,
+            divisors=scaling.divisors,
+        ),
+        qkv_bias=model.qkv_bias,
+        output_bias=model.output_bias,
+        qk_norm=model.qk_norm,
     )
 
 

@@ -1,4 +1,5 @@
-"""What a GGUF file holds: metadata, and where each tensor lies. Reads the header, no weights.
+"""What a GGUF file holds: metadata, and where each tensor lies. Reads the header; of tensors, small
+ones that are no weights.
 
 Files are untrusted input: every length, count, type, offset and overlap is checked against the file
 with exact integers before anything is allocated. A refusal is a ModelError that names the file, the
@@ -154,6 +155,14 @@ def read(path: str | Path) -> GgufFile:
         header_sha256=sha256,
         kinds=MappingProxyType(kinds),
     )
+
+
+def read_floats(file: GgufFile, tensor: TensorInfo) -> tuple[float, ...]:
+    """The values of a small f32 tensor. Raises ModelError: unreadable, or shorter than it was."""
+    with opened(file.path, limit_bytes=tensor.offset_bytes + tensor.size_bytes) as cursor:
+        cursor.offset = tensor.offset_bytes
+        data = cursor.take(tensor.size_bytes, f"tensor {shown(tensor.name)}")
+    return struct.unpack(f"<{tensor.size_bytes // 4}f", data)
 
 
 def _read_version(cursor: Cursor) -> int:

@@ -15,13 +15,16 @@ from potluck.cursor import shown
 from potluck.errors import ModelError, PlanError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.plan import Span
+from potluck.refused import check_metadata
+from potluck.rope import DIVISORS, UNSCALED, RopeScaling, scaling_of
 
 # The engine's weight types; KERNELS section 2 has their layouts. Norms are always f32.
 WEIGHT_TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
-ARCHITECTURES = ("llama",)
+# llama: LLaMA 1 to 3, Mistral, TinyLlama, SmolLM2 and others; biases if the file has them.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 KV_PAGE_TOKENS = 16  # positions of one session in one page of the KV
 # Beside mapped weights and KV: the buffers of the largest batch, a slab a thread.
 SCRATCH_BYTES = 150 * 10**6
@@ -32,20 +35,7 @@ HEAD = "output.weight"
 
 # Rotary frequencies that old converters stored beside each layer; they follow from rope_theta.
 _HARMLESS = ("attn_rot_embd.weight", "rope.freqs")
-
-# Metadata that changes the arithmetic in ways the engine does not know; the value that does not.
-_REFUSED = {
-    "expert_count": 0,
-    "rope.scaling.factor": 1,
-    "rope.scale_linear": 1,
-    "attention.sliding_window": 0,
-    "attention.scale": 0,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "logit_scale": 1,
-    "residual_scale": 1,
-    "embedding_scale": 1,
-}
+_QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 
 class KvType(Enum):
@@ -83,6 +73,10 @@ class ModelConfig:
     rope_dim: int  # values of a head that are rotated, from its start
     rope_interleaved: bool  # pairs (2i, 2i+1) and not (i, i + rope_dim/2); LLaMA's GGUF: True
     tied_embeddings: bool  # token_embd.weight is the head, too
+    rope_scaling: RopeScaling = UNSCALED
+    qkv_bias: bool = False  # q, k and v are products plus a bias,
+    output_bias: bool = False  # and so is what attention adds
+    qk_norm: bool = False  # each head of q and k is normed before it is rotated
 
     def __post_init__(self) -> None:
         for key, found, most in (
@@ -107,6 +101,12 @@ class ModelConfig:
             raise ModelError(f"norm epsilon {self.norm_eps}, expected more than 0 and less than 1")
         if not 1 <= self.rope_theta <= 1e12:
             raise ModelError(f"rope base {self.rope_theta}, expected 1 to 1e12")
+        if self.rope_scaling.is_yarn and self.rope_theta < 1.5:
+            raise ModelError(f"rope base {self.rope_theta}, with YaRN expected 1.5 to 1e12")
+        n_divisors = len(self.rope_scaling.divisors)
+        if n_divisors not in (0, self.rope_dim // 2):
+            expected = f"expected {self.rope_dim // 2}"
+            raise ModelError(f"{n_divisors} divisors of rope frequencies, {expected}")
 
 
 def config_of(file: GgufFile) -> ModelConfig:
@@ -115,7 +115,7 @@ def config_of(file: GgufFile) -> ModelConfig:
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise file.error(f"architecture {shown(architecture)} is not supported ({known})")
-    _check_metadata(file, architecture)
+    check_metadata(file, architecture)
     config = _config(file, architecture)
     _check_tokens(file, config)
     _check_tensors(file, config)
@@ -171,21 +171,6 @@ def passing_bytes(units: Sequence[int]) -> int:
     return min(sum(units), 2 * max(units, default=0))
 
 
-def _check_metadata(file: GgufFile, architecture: str) -> None:
-    """Nothing in it asks for what the engine does not do."""
-    if (n_parts := file.integer("split.count", 1)) > 1:
-        raise file.error(f"one of {n_parts} parts of a model; join them (llama-gguf-split --merge)")
-    scaling = file.text(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise file.error(f"rope scaling {shown(scaling)} is not supported (none)")
-    for suffix, neutral in _REFUSED.items():
-        key = f"{architecture}.{suffix}"
-        if key in file.metadata and (found := file.number(key)) != neutral:
-            raise file.error(f"{key} is {found:g}; only {neutral} is supported")
-    if not file.flag(f"{architecture}.attention.causal", default=True):
-        raise file.error(f"{architecture}.attention.causal is false: not a text generator")
-
-
 def _config(file: GgufFile, architecture: str) -> ModelConfig:
     def whole(suffix: str, default: int | None = None) -> int:
         return file.integer(f"{architecture}.{suffix}", default)
@@ -208,6 +193,7 @@ def _config(file: GgufFile, architecture: str) -> ModelConfig:
     if (value_length := whole("attention.value_length", head_dim)) != head_dim:
         raise file.error(f"values of {value_length} and keys of {head_dim} a head; expected equal")
     rope_dim = whole("rope.dimension_count", head_dim)
+    scaling = scaling_of(file, architecture, rope_dim=rope_dim, context_tokens=context_tokens)
     try:
         return ModelConfig(
             name=name,
@@ -223,11 +209,20 @@ def _config(file: GgufFile, architecture: str) -> ModelConfig:
             norm_eps=norm_eps,
             rope_theta=rope_theta,
             rope_dim=rope_dim,
-            rope_interleaved=True,
+            rope_interleaved=architecture == "llama",
             tied_embeddings=HEAD not in file.tensors,
+            rope_scaling=scaling,
+            qkv_bias=_has_qkv_bias(file, architecture),
+            output_bias=architecture == "llama" and "blk.0.attn_output.bias" in file.tensors,
+            qk_norm=architecture == "qwen3",
         )
     except ModelError as e:
         raise file.error(e.message, remedy=e.remedy) from e
+
+
+def _has_qkv_bias(file: GgufFile, architecture: str) -> bool:
+    has_any = any(f"blk.0.{suffix}" in file.tensors for suffix in _QKV_BIASES)
+    return architecture == "qwen2" or (architecture == "llama" and has_any)
 
 
 def _check_tokens(file: GgufFile, config: ModelConfig) -> None:
@@ -253,9 +248,9 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
         shape = (config.dim,) if name == HEAD_NORM else (config.vocab, config.dim)
         _check_tensor(file, name, shape)
         expected.add(name)
+    if config.rope_scaling.divisors:
+        expected.add(DIVISORS)
     for name in file.tensors:
-        if name == "rope_freqs.weight":
-            raise file.error("rope scaling by rope_freqs.weight is not supported")
         if name not in expected and not name.endswith(_HARMLESS):
             known = f"no part of a {config.architecture} model of {config.n_layers} layers"
             raise file.error(f"tensor {shown(name)} is {known}")
@@ -279,12 +274,18 @@ def _tensor(file: GgufFile, name: str) -> TensorInfo:
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name after `blk.N.` and shape of each tensor of a layer, in the order of use."""
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    head_dim = config.head_dim
+    biases = dict(zip(_QKV_BIASES, ((q_dim,), (kv_dim,), (kv_dim,)), strict=True))
+    norms = {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
     return {
         "attn_norm.weight": (config.dim,),
         "attn_q.weight": (q_dim, config.dim),
         "attn_k.weight": (kv_dim, config.dim),
         "attn_v.weight": (kv_dim, config.dim),
+        **(biases if config.qkv_bias else {}),
+        **(norms if config.qk_norm else {}),
         "attn_output.weight": (config.dim, q_dim),
+        **({"attn_output.bias": (config.dim,)} if config.output_bias else {}),
         "ffn_norm.weight": (config.dim,),
         "ffn_gate.weight": (config.ffn_dim, config.dim),
         "ffn_up.weight": (config.ffn_dim, config.dim),

@@ -1,4 +1,4 @@
-"""What a LLaMA model says, in plain numpy and float64: a second implementation, to judge the first.
+"""What a model says, in plain numpy and float64: a second implementation, to judge the first.
 
 Reads like the paper and shares nothing with the engine: weights by dequantize.py, nothing rounded.
 `rounds` makes it round what the engine rounds by design (activations to 8 bits where the
@@ -71,16 +71,19 @@ class Oracle:
         """What attention adds to x [n, dim]; appends to `kv`."""
         c, n, at = self.config, len(x), f"blk.{layer}"
         h = norm(x, self._values(f"{at}.attn_norm.weight"), c.norm_eps)
-        q = self._product(h, f"{at}.attn_q.weight").reshape(n, c.n_heads, c.head_dim)
-        k = self._product(h, f"{at}.attn_k.weight").reshape(n, c.n_kv_heads, c.head_dim)
-        v = self._product(h, f"{at}.attn_v.weight").reshape(n, c.n_kv_heads, c.head_dim)
+        q = self._biased(h, f"{at}.attn_q").reshape(n, c.n_heads, c.head_dim)
+        k = self._biased(h, f"{at}.attn_k").reshape(n, c.n_kv_heads, c.head_dim)
+        v = self._biased(h, f"{at}.attn_v").reshape(n, c.n_kv_heads, c.head_dim)
+        if f"{at}.attn_q_norm.weight" in self.file.tensors:
+            q = norm(q, self._values(f"{at}.attn_q_norm.weight"), c.norm_eps)
+            k = norm(k, self._values(f"{at}.attn_k_norm.weight"), c.norm_eps)
         q, k = rotate(q, positions, c), rotate(k, positions, c)
         if self.rounds:
             k, v = k.astype(np.float16).astype(np.float64), v.astype(np.float16).astype(np.float64)
         if layer in kv.keys:
             k, v = np.concatenate([kv.keys[layer], k]), np.concatenate([kv.values[layer], v])
         kv.keys[layer], kv.values[layer] = k, v
-        return self._product(attend(q, k, v, positions), f"{at}.attn_output.weight")
+        return self._biased(attend(q, k, v, positions), f"{at}.attn_output")
 
     def _feed_forward(self, layer: int, x: F64) -> F64:
         """What the SwiGLU network adds to x [n, dim]."""
@@ -89,6 +92,13 @@ class Oracle:
         gate = self._product(h, f"{at}.ffn_gate.weight")
         up = self._product(h, f"{at}.ffn_up.weight")
         return self._product(gate / (1 + np.exp(-gate)) * up, f"{at}.ffn_down.weight")
+
+    def _biased(self, x: F64, name: str) -> F64:
+        """x [n, cols] times `name`.weight, plus `name`.bias [rows] if the file has it."""
+        product = self._product(x, f"{name}.weight")
+        if f"{name}.bias" in self.file.tensors:
+            product = product + self._values(f"{name}.bias")
+        return product
 
     def _product(self, x: F64, name: str) -> F64:
         """x [n, cols] times the matrix `name` [rows, cols], transposed; [n, rows]."""
@@ -103,7 +113,7 @@ class Oracle:
 
 
 def norm(x: F64, weight: F64, eps: float) -> F64:
-    """Root mean square norm of each row of [n, dim], times weight [dim]."""
+    """Root mean square norm over the last axis of [..., dim], times weight [dim]."""
     out: F64 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
     return out
 
@@ -112,12 +122,14 @@ def rotate(x: F64, positions: I64, config: ModelConfig) -> F64:
     """Turn the value pairs of each head by their position (rotary embedding, arXiv:2104.09864).
 
     x is [n, heads, head_dim], positions [n]. Pair i of the first rope_dim values is turned by
-    position * rope_theta**(-2i / rope_dim) rad: values 2i and 2i + 1 if the layout is interleaved,
-    else i and i + rope_dim / 2. Values from rope_dim on stay.
+    position * frequency i: values 2i and 2i + 1 if the layout is interleaved, else i and
+    i + rope_dim / 2, and made longer by YaRN's factor. Values from rope_dim on stay.
     """
     half = config.rope_dim // 2
-    angles = positions[:, None] * config.rope_theta ** (-np.arange(half) / half)
-    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    angles = positions[:, None] * frequencies(config)
+    scaling = config.rope_scaling
+    length = scaling.magnitude * (1 + 0.1 * np.log(scaling.factor) * scaling.is_yarn)
+    cos, sin = length * np.cos(angles)[:, None, :], length * np.sin(angles)[:, None, :]
     if config.rope_interleaved:
         first, second = slice(0, config.rope_dim, 2), slice(1, config.rope_dim, 2)
     else:
@@ -127,6 +139,31 @@ def rotate(x: F64, positions: I64, config: ModelConfig) -> F64:
     out[..., first] = a * cos - b * sin
     out[..., second] = a * sin + b * cos
     return out
+
+
+def frequencies(config: ModelConfig) -> F64:
+    """Radians a position of each pair, [rope_dim / 2]: rope_theta**(-2i / rope_dim), stretched.
+
+    YaRN as its paper has it (arXiv:2309.00071, section 3.2): by r, the turns of a pair within the
+    first context, a pair is stretched by the factor (r small), kept (r large), or a mix of both;
+    the mix is linear in the pair's number, between whole pairs, as everybody computes it.
+    """
+    scaling, half = config.rope_scaling, config.rope_dim // 2
+    kept: F64 = config.rope_theta ** (-np.arange(half) / half)
+    if scaling.divisors:
+        kept = kept / np.array(scaling.divisors)
+    stretched = kept / scaling.factor
+    if not scaling.extrapolation:
+        return stretched
+
+    def pair_of(turns: float) -> float:
+        wavelength = scaling.original_tokens / turns
+        return float(half * np.log(wavelength / (2 * np.pi)) / np.log(config.rope_theta))
+
+    first = max(np.floor(pair_of(scaling.beta_fast)), 0.0)
+    last = min(np.ceil(pair_of(scaling.beta_slow)), config.rope_dim - 1.0)
+    mix = np.interp(np.arange(half), [first, max(last, first + 0.001)], [scaling.extrapolation, 0])
+    return kept * mix + stretched * (1 - mix)
 
 
 def attend(q: F64, k: F64, v: F64, positions: I64) -> F64:

@@ -1,4 +1,4 @@
-"""Tiny models of the LLaMA architecture with a real vocabulary and seeded random weights.
+"""Tiny models of each architecture with a real vocabulary and seeded random weights.
 
 Any dimensions, so that tests meet odd sizes; the same shape and seed give the same bytes. Weights
 are scaled so that attention is far from uniform and logits spread over several units: a model whose
@@ -38,6 +38,10 @@ class TinyShape:
     embedding_type: str = ""  # of embedding and head; "": weight_type
     vocabulary: str = "bpe"  # or "spm", or "" for none
     seed: int = 1
+    architecture: str = "llama"  # qwen2 has biases, qwen3 norms of heads
+    biases: bool = False  # of q, k, v and of what attention adds; llama only
+    rope_keys: tuple[tuple[str, Metadata], ...] = ()  # ("scaling.factor", 2.0) and the like
+    rope_divisors: tuple[float, ...] = ()  # rope_freqs.weight, rope_dim / 2 of them
 
 
 def write_tiny(
@@ -50,23 +54,25 @@ def write_tiny(
 
 def tiny_metadata(shape: TinyShape) -> list[tuple[str, Metadata]]:
     """The header's pairs, in the order that converters write them."""
+    at = shape.architecture
     pairs: list[tuple[str, Metadata]] = [
-        ("general.architecture", "llama"),
+        ("general.architecture", at),
         ("general.name", f"tiny {shape.weight_type} {shape.seed}"),
-        ("llama.block_count", shape.n_layers),
-        ("llama.context_length", shape.context_tokens),
-        ("llama.embedding_length", shape.dim),
-        ("llama.feed_forward_length", shape.ffn_dim),
-        ("llama.attention.head_count", shape.n_heads),
-        ("llama.attention.head_count_kv", shape.n_kv_heads),
-        ("llama.attention.layer_norm_rms_epsilon", shape.norm_eps),
-        ("llama.rope.freq_base", shape.rope_theta),
-        ("llama.rope.dimension_count", shape.rope_dim or shape.head_dim),
-        ("llama.vocab_size", shape.vocab),
+        (f"{at}.block_count", shape.n_layers),
+        (f"{at}.context_length", shape.context_tokens),
+        (f"{at}.embedding_length", shape.dim),
+        (f"{at}.feed_forward_length", shape.ffn_dim),
+        (f"{at}.attention.head_count", shape.n_heads),
+        (f"{at}.attention.head_count_kv", shape.n_kv_heads),
+        (f"{at}.attention.layer_norm_rms_epsilon", shape.norm_eps),
+        (f"{at}.rope.freq_base", shape.rope_theta),
+        (f"{at}.rope.dimension_count", shape.rope_dim or shape.head_dim),
+        (f"{at}.vocab_size", shape.vocab),
     ]
-    if shape.head_dim * shape.n_heads != shape.dim:
-        pairs.append(("llama.attention.key_length", shape.head_dim))
-        pairs.append(("llama.attention.value_length", shape.head_dim))
+    if shape.head_dim * shape.n_heads != shape.dim or at == "qwen3":
+        pairs.append((f"{at}.attention.key_length", shape.head_dim))
+        pairs.append((f"{at}.attention.value_length", shape.head_dim))
+    pairs += [(f"{at}.rope.{key}", value) for key, value in shape.rope_keys]
     if shape.vocabulary:
         pairs += vocabulary(shape.vocabulary, shape.vocab)
     return pairs
@@ -81,17 +87,23 @@ def tiny_tensors(shape: TinyShape) -> list[Tensor]:
             return "f32"
         return at_ends if name in ("token_embd.weight", "output.weight") else shape.weight_type
 
-    return [
+    tensors = [
         Tensor(name, type_of(name, v), v.shape, quantize(v, type_of(name, v)))
         for name, v in tiny_values(shape).items()
     ]
+    if shape.rope_divisors:
+        divisors = np.array(shape.rope_divisors, np.float32)
+        tensors.append(Tensor("rope_freqs.weight", "f32", divisors.shape, divisors.tobytes()))
+    return tensors
 
 
 def tiny_values(shape: TinyShape) -> dict[str, F32]:
-    """All weights before they are quantized, by their GGUF names: [rows, cols], norms [dim]."""
+    """All weights before they are quantized, by their GGUF names: [rows, cols], vectors."""
     random = np.random.default_rng(shape.seed)
     q_dim, kv_dim = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     values: dict[str, F32] = {}
+    # Of its own, so that a model's other weights are the same without what it draws.
+    of_vectors = np.random.default_rng([shape.seed, 1])
 
     def matrix(name: str, rows: int, cols: int, gain: float) -> None:
         values[name] = random.normal(0, gain / np.sqrt(cols), (rows, cols)).astype(np.float32)
@@ -112,6 +124,9 @@ def tiny_values(shape: TinyShape) -> dict[str, F32]:
         matrix(f"{at}.ffn_gate.weight", shape.ffn_dim, shape.dim, 1.0)
         matrix(f"{at}.ffn_up.weight", shape.ffn_dim, shape.dim, 1.0)
         matrix(f"{at}.ffn_down.weight", shape.dim, shape.ffn_dim, 1.0)
+        for suffix, size, centre, spread in _vectors(shape):
+            drawn = of_vectors.normal(centre, spread, size)
+            values[f"{at}.{suffix}"] = drawn.astype(np.float32)
     norm("output_norm.weight")
     if not shape.tied:
         matrix("output.weight", shape.vocab, shape.dim, 3.0)
@@ -120,3 +135,18 @@ def tiny_values(shape: TinyShape) -> dict[str, F32]:
         if len(np.unique(found)) < found.size // 2:
             raise AssertionError(f"{name}: the random weights do not vary")
     return values
+
+
+def _vectors(shape: TinyShape) -> list[tuple[str, int, float, float]]:
+    """Vectors of a layer beyond the two norms: name, values, mean and standard deviation."""
+    q_dim, kv_dim = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    found: list[tuple[str, int, float, float]] = []
+    if shape.biases or shape.architecture == "qwen2":
+        found += [
+            (f"attn_{n}.bias", d, 0, 0.5) for n, d in (("q", q_dim), ("k", kv_dim), ("v", kv_dim))
+        ]
+    if shape.biases:
+        found.append(("attn_output.bias", shape.dim, 0, 0.3))
+    if shape.architecture == "qwen3":
+        found += [(f"attn_{n}_norm.weight", shape.head_dim, 1.2, 0.3) for n in "qk"]
+    return found

@@ -18,6 +18,7 @@ import pytest
 from potluck import blocks, engine, gguf
 from potluck.blocks import BY_NAME
 from potluck.model import WEIGHT_TYPES, KvType, config_of
+from potluck.rope import UNSCALED
 from potluck.testing import Oracle, TinyShape, dequantize, quantize, write_tiny
 from potluck.testing.oracle import rounded_to_int8
 
@@ -99,6 +100,63 @@ def test_tiny_models_answer_like_the_oracle(
     assert rounded.nmse < (5e-8 if is_float else 4e-4)
     assert rounded.nmse < exact.nmse / 2
     assert rounded.signed_error < (5e-6 if is_float else 2e-4)
+
+
+F32_GROUPED = replace(GROUPED, weight_type="f32", context_tokens=512)
+F32_ODD = replace(ODD, weight_type="f32", context_tokens=512)
+F32_PARTLY = replace(UNGROUPED, weight_type="f32", n_heads=5, n_kv_heads=5, context_tokens=512)
+LINEAR = (("scaling.factor", 4.0),)
+YARN = (
+    ("scaling.type", "yarn"),
+    ("scaling.factor", 4.0),
+    ("scaling.original_context_length", 128),
+    ("scaling.attn_factor", 1.1),
+)
+HALF_YARN = (*YARN, ("scaling.yarn_ext_factor", 0.5), ("scaling.yarn_beta_fast", 8.0))
+DIVISORS = tuple(1 + 7 * i / 15 for i in range(16))  # of GROUPED's 32 rotated values
+VARIANTS = {
+    "qwen2": replace(F32_GROUPED, architecture="qwen2"),
+    "qwen2 ungrouped": replace(F32_PARTLY, architecture="qwen2", head_dim=16, rope_dim=0),
+    "qwen2 odd": replace(F32_ODD, architecture="qwen2"),
+    "qwen3": replace(F32_GROUPED, architecture="qwen3"),
+    "qwen3 ungrouped": replace(F32_PARTLY, architecture="qwen3", head_dim=16, rope_dim=0),
+    "qwen3 odd": replace(F32_ODD, architecture="qwen3"),
+    "qwen3 q4_0": replace(GROUPED, weight_type="q4_0", architecture="qwen3"),
+    "biases": replace(F32_GROUPED, biases=True),
+    "biases ungrouped": replace(F32_PARTLY, biases=True),
+    "biases q4_0": replace(GROUPED, weight_type="q4_0", biases=True),
+    "linear": replace(F32_GROUPED, rope_keys=LINEAR),
+    "linear partly rotated": replace(F32_PARTLY, rope_keys=LINEAR),
+    "yarn": replace(F32_GROUPED, rope_keys=YARN),
+    "yarn partly rotated": replace(F32_PARTLY, rope_keys=YARN),
+    "half a yarn": replace(F32_GROUPED, rope_keys=HALF_YARN),
+    "divisors": replace(F32_GROUPED, rope_divisors=DIVISORS),
+    "divisors and yarn": replace(F32_GROUPED, rope_divisors=DIVISORS, rope_keys=YARN),
+    "qwen2 yarn": replace(F32_GROUPED, architecture="qwen2", rope_keys=YARN),
+}
+
+
+@pytest.mark.parametrize("other_layout", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_architectures_and_scalings_answer_like_the_oracle(
+    tmp_path: Path, runner: Runner, compare: type[Comparison], name: str, *, other_layout: bool
+) -> None:
+    """In the file's layout of rotary pairs and in the other, whose rows are permuted or not."""
+    shape = VARIANTS[name]
+    file = gguf.read(write_tiny(tmp_path / "x.gguf", shape))
+    config = config_of(file)
+    config = replace(config, rope_interleaved=config.rope_interleaved is not other_layout)
+    found = runner.logits(file, config, TOKENS)
+    is_float = shape.weight_type in FLOATS
+    exact = compare(Oracle(file, config).logits(TOKENS), found)
+    assert (1e-9 if is_float else 5e-5) < exact.nmse < (1e-6 if is_float else 3e-3)
+    assert exact.signed_error < (5e-5 if is_float else 2e-3)
+    rounded = compare(Oracle(file, config, rounds=True).logits(TOKENS), found)
+    assert rounded.nmse < (5e-8 if is_float else 4e-4)
+    assert rounded.nmse < exact.nmse / 2
+    if config.rope_scaling != UNSCALED:
+        plain = Oracle(file, replace(config, rope_scaling=UNSCALED)).logits(TOKENS)
+        assert compare(plain, found).nmse > 0.1
 
 
 @pytest.mark.parametrize("type_name", ["q4_0", "f16"])

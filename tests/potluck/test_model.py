@@ -95,6 +95,7 @@ def test_metadata_that_changes_nothing_is_no_obstacle(tmp_path: Path, value: str
         "llama.rope.scaling.type": value,
         "llama.rope.scaling.factor": 1.0,
         "llama.expert_count": 0,
+        "llama.attention.sliding_window": 256,  # what a position sees at most
         "some.other.key": [1, 2],
     }
     harmless = zeros("blk.0.attn_rot_embd.weight", 8)
@@ -102,7 +103,7 @@ def test_metadata_that_changes_nothing_is_no_obstacle(tmp_path: Path, value: str
 
 
 METADATA: list[tuple[dict[str, Metadata], str]] = [
-    ({"general.architecture": "gpt2"}, "architecture gpt2 is not supported (llama)"),
+    ({"general.architecture": "gpt2"}, "architecture gpt2 is not supported (llama, qwen2, qwen3)"),
     ({"general.architecture": 7}, "general.architecture is int 7, expected a string"),
     ({"general.name": 3}, "general.name is int 3, expected a string"),
     ({"llama.block_count": 0}, "block_count is 0, expected 1 to 4,096"),
@@ -146,11 +147,14 @@ METADATA: list[tuple[dict[str, Metadata], str]] = [
         {"tokenizer.ggml.tokens": [1] * 421},
         "tokens is an array of 421 int, expected an array of str",
     ),
-    ({"llama.rope.scaling.type": "yarn"}, "rope scaling yarn is not supported (none)"),
-    ({"llama.rope.scaling.factor": 8.0}, "llama.rope.scaling.factor is 8; only 1 is supported"),
-    ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear is 2; only 1 is supported"),
     ({"llama.expert_count": 8}, "llama.expert_count is 8; only 0 is supported"),
-    ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096; only 0 is supported"),
+    ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5; only 0 is supported"),
+    ({"llama.final_logit_softcapping": 30.0}, "logit_softcapping is 30; only 0 is supported"),
+    (
+        {"llama.attention.sliding_window": 128},
+        "sliding_window is 128; only 0 or the whole context of 256 is supported",
+    ),
+    ({"llama.attention.sliding_window": Typed("i32", -1)}, "sliding_window is -1; only 0 or"),
     ({"llama.attention.causal": False}, "llama.attention.causal is false"),
     ({"split.count": 3}, "one of 3 parts of a model"),
 ]
@@ -205,8 +209,9 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "names"),
     [
-        ("rope_freqs.weight", "rope scaling by rope_freqs.weight is not supported"),
-        ("blk.0.attn_q.bias", "tensor blk.0.attn_q.bias is no part of a llama model of 3 layers"),
+        ("blk.1.attn_q.bias", "tensor blk.1.attn_q.bias is no part of a llama model of 3 layers"),
+        ("blk.0.ffn_up.bias", "tensor blk.0.ffn_up.bias is no part of a llama model of 3 layers"),
+        ("blk.0.attn_q_norm.weight", "tensor blk.0.attn_q_norm.weight is no part of a llama"),
         ("blk.0.ffn_gate_exps.weight", "tensor blk.0.ffn_gate_exps.weight is no part"),
         ("blk.3.attn_q.weight", "tensor blk.3.attn_q.weight is no part"),
     ],
@@ -282,6 +287,37 @@ def test_a_span_beyond_the_model_is_refused(tmp_path: Path) -> None:
 def test_a_config_refuses_to_be_wrong(change: dict[str, Any]) -> None:
     with pytest.raises(ModelError):
         replace(LLAMA_7B, **change)
+
+
+@pytest.mark.parametrize(
+    ("shape", "vectors"),
+    [
+        (replace(SHAPE, architecture="qwen2"), {"attn_q.bias", "attn_k.bias", "attn_v.bias"}),
+        (replace(SHAPE, architecture="qwen3"), {"attn_q_norm.weight", "attn_k_norm.weight"}),
+        (
+            replace(SHAPE, biases=True),
+            {"attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"},
+        ),
+    ],
+    ids=["qwen2", "qwen3", "llama with biases"],
+)
+def test_each_architecture_has_its_vectors_and_misses_none(
+    tmp_path: Path, shape: TinyShape, vectors: set[str]
+) -> None:
+    file = written(tmp_path, shape)
+    config = config_of(file)
+    assert config.architecture == shape.architecture
+    assert config.rope_interleaved is (shape.architecture == "llama")
+    tensors = model.span_tensors(file, config, Span(1, 2), embeds=False, has_head=False)
+    names = {t.name.removeprefix("blk.1.") for t in tensors}
+    assert {n for n in names if "bias" in n or "_q_norm" in n or "_k_norm" in n} == vectors
+    assert model.layer_bytes(file, config, 1) == sum(t.size_bytes for t in tensors)
+    for vector in vectors:
+        wrong = zeros(f"blk.1.{vector}", 8)
+        with pytest.raises(ModelError, match=rf"{wrong.name}: shape \[8\], expected"):
+            config_of(written(tmp_path, shape, tensors={wrong.name: wrong}))
+        with pytest.raises(ModelError, match=f"missing {wrong.name}"):
+            config_of(written(tmp_path, shape, without=(wrong.name,)))
 
 
 def test_smollm2_is_what_its_card_says(smollm2: Path) -> None:
