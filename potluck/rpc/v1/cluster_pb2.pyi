@@ -375,7 +375,7 @@ class RowsResult(_message.Message):
     session: _builtins.int
     @_builtins.property
     def picks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pick]:
-        """one for each token that wanted logits, rising positions"""
+        """one for each token that wanted logits, rising positions, scored ones first"""
 
     def __init__(
         self,

@@ -183,6 +183,7 @@ class Sampling(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     REFUSED_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0: greedy, the smallest id among equals"""
     top_k: _builtins.int
@@ -203,6 +204,8 @@ class Sampling(_message.Message):
     """unset: none; n: of the pick and of the n most likely tokens"""
     prompt_tokens: _builtins.int
     """positions below this are prompt, the others answer"""
+    prompt_logprobs: _builtins.int
+    """Of Rows.scored_ids: of each of them and of the n most likely tokens in its place. Unset: as 0."""
     @_builtins.property
     def refused_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """never picked (an end token before a minimum length)"""
@@ -221,14 +224,20 @@ class Sampling(_message.Message):
         logprobs: _builtins.int | None = ...,
         prompt_tokens: _builtins.int = ...,
         refused_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_tokens", b"prompt_tokens", "refused_ids", b"refused_ids", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "frequency_penalty", b"frequency_penalty", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "refused_ids", b"refused_ids", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
@@ -243,6 +252,7 @@ class Rows(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     WANT_LOGITS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    SCORED_IDS_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     """set by the coordinator, never used twice; 0 is refused"""
     start_position: _builtins.int
@@ -257,6 +267,12 @@ class Rows(_message.Message):
     def sampling(self) -> Global___Sampling:
         """unset is greedy; read by the last stage when want_logits > 0"""
 
+    @_builtins.property
+    def scored_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the rows that want logits, the first so many are not picked from: the token that follows is known, stands
+        here, and comes back as the pick with its log-probability. Empty: all are picked from.
+        """
+
     def __init__(
         self,
         *,
@@ -265,10 +281,11 @@ class Rows(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         want_logits: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
+        scored_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "session", b"session", "start_position", b"start_position", "token_ids", b"token_ids", "want_logits", b"want_logits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "scored_ids", b"scored_ids", "session", b"session", "start_position", b"start_position", "token_ids", b"token_ids", "want_logits", b"want_logits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
