@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from typing import Protocol
@@ -180,7 +180,9 @@ class Engine:
         """Rows are done, picks are tokens, and a failure ends its own session only."""
         now = self.clock()
         errors = {failure.session: failure.error for failure in outcome.failures}
-        picks = {picked.session: picked for picked in outcome.picks}
+        picks: dict[SessionId, list[Picked]] = {}
+        for picked in outcome.picks:
+            picks.setdefault(picked.session, []).append(picked)
         whole_step = errors.pop(SessionId(0), None)
         n_tokens = 0
         for rows in batch.rows:
@@ -190,7 +192,7 @@ class Engine:
                 continue  # its person went away while the step was under way
             if error is None:
                 try:
-                    n_tokens += self._commit_rows(stream, rows, picks.get(rows.session), now)
+                    n_tokens += self._commit_rows(stream, rows, picks.get(rows.session, []), now)
                 except PotluckError as wrong:
                     error = wrong
             if error is not None:
@@ -202,7 +204,7 @@ class Engine:
         self.figures.note_answer(n_tokens, now)
 
     def _commit_rows(
-        self, stream: AnswerStream, rows: BatchRows, picked: Picked | None, now: float
+        self, stream: AnswerStream, rows: BatchRows, picks: Sequence[Picked], now: float
     ) -> int:
         """Commits rows of one session; how many tokens its answer grew by. Raises StepError."""
         session = stream.session
@@ -212,10 +214,13 @@ class Engine:
             stream.note_prefill(now)
         if not rows.want_logits:
             return 0
-        if picked is None or not 0 <= picked.pick.token < self.model.config.vocab:
-            raise StepError(f"session {session.id} awaits a token of the vocabulary and got none")
+        _check_picks(rows, picks, self.model.config.vocab)
+        if n_scored := len(rows.scored_ids):
+            stream.score([picked.pick for picked in picks[:n_scored]], now)
+            if n_scored == len(picks):
+                return 0
         n_before = session.n_answer
-        stream.push(picked.position, picked.pick, now)
+        stream.push(picks[-1].position, picks[-1].pick, now)
         if session.is_live:
             assert self._scheduler is not None, "only the serving loop commits"
             self._scheduler.make_ready(session.id)
@@ -236,6 +241,7 @@ class Engine:
             request.max_tokens,
             request.sampling,
             request.ends_at,
+            request.scored_from,
         )
         decoder = self.model.tokenizer.decoder(continues=request.continues)
         text = AnswerText(decoder, request.stops)
@@ -338,6 +344,20 @@ class Engine:
         self.state = state
         self._state_changed.set()
         self._state_changed = asyncio.Event()
+
+
+def _check_picks(rows: BatchRows, picks: Sequence[Picked], vocab: int) -> None:
+    """Raises StepError unless there is one for each row that wanted it, of the known tokens."""
+    first = rows.start + len(rows.tokens) - rows.want_logits + 1
+    for i, token in enumerate(rows.scored_ids):
+        picked = picks[i] if i < len(picks) else None
+        if picked is None or (picked.position, picked.pick.token) != (first + i, token):
+            raise StepError(
+                f"session {rows.session} awaits the log-probability of position {first + i}",
+                remedy="is the last stage's worker of an older release? update it",
+            )
+    if len(picks) != rows.want_logits or not 0 <= picks[-1].pick.token < vocab:
+        raise StepError(f"session {rows.session} awaits a token of the vocabulary and got none")
 
 
 def _shown(plan: Plan) -> str:

@@ -138,11 +138,14 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             continues=continues,
             context_tokens=model.context_tokens,
             vocab=model.config.vocab,
+            prompt_logprobs_start=asked.prompt_logprobs_start,
         )
 
     def _reply(self, stream: AnswerStream, update: Update) -> inference_pb2.GenerateReply:
         reply = inference_pb2.GenerateReply(
-            text=update.text, tokens=[_token_info(pick) for pick in update.picks]
+            text=update.text,
+            tokens=[_token_info(pick) for pick in update.picks],
+            prompt_tokens=[_token_info(pick) for pick in update.scores],
         )
         session = stream.session
         if session.is_reading and update.ended is None:
@@ -175,6 +178,7 @@ def sampling_of(asked: inference_pb2.Options, vocab: int) -> Sampling:
         frequency_penalty=asked.frequency_penalty,
         seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
         logprobs=asked.logprobs if asked.HasField("logprobs") else None,
+        prompt_logprobs=asked.prompt_logprobs if asked.HasField("prompt_logprobs") else None,
     )
 
 

@@ -167,6 +167,7 @@ def _rows(rows: BatchRows) -> types_pb2.Rows:
         token_ids=rows.tokens,
         want_logits=rows.want_logits,
         sampling=sampling.to_message(rows.sampling) if rows.want_logits else None,
+        scored_ids=rows.scored_ids,
     )
 
 

@@ -31,6 +31,7 @@ class Request:
     stops: tuple[str, ...]
     ends_at: frozenset[int]  # tokens that end the answer; empty: none does
     continues: bool  # the answer's text goes on behind the prompt's, in mid-sentence
+    scored_from: int  # position of the first token of the prompt that is scored; its length: none
 
 
 def checked(
@@ -43,6 +44,7 @@ def checked(
     continues: bool,
     context_tokens: int,
     vocab: int,
+    prompt_logprobs_start: int = 0,
 ) -> Request:
     """A request that can be served. `max_tokens` 0: as many as the context has room for.
 
@@ -62,6 +64,7 @@ def checked(
         stops=tuple(stops),
         ends_at=ends_at,
         continues=continues,
+        scored_from=_scored_from(len(prompt), sampling, prompt_logprobs_start),
     )
 
 
@@ -69,6 +72,16 @@ def check_model(asked: str, served: str) -> None:
     """Raises UnknownModel unless `asked` is the served model or empty."""
     if asked not in ("", served):
         raise UnknownModel(f"no model {asked!r} is served here", remedy=f"ask for {served}")
+
+
+def _scored_from(n_prompt: int, sampling: Sampling, start: int) -> int:
+    if sampling.prompt_logprobs is None:
+        if start:
+            raise UsageError("prompt_logprobs_start: only with prompt_logprobs")
+        return n_prompt
+    if start > n_prompt:
+        raise UsageError(f"prompt_logprobs_start: 0 to {n_prompt} for this prompt, not {start}")
+    return max(1, start)  # nothing stands before the first token that could predict it
 
 
 def _answer_room(n_prompt: int, max_tokens: int, context_tokens: int) -> int:

@@ -46,7 +46,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
-    """Consecutive tokens of a session from position `start`; the last `want_logits` want a pick."""
+    """Consecutive tokens of a session from position `start`; the last `want_logits` want a pick.
+
+    What follows the first of these is known, stands in `scored_ids` and is scored instead.
+    """
 
     session: SessionId
     start: int
@@ -54,6 +57,7 @@ class BatchRows:
     want_logits: int
     is_prompt: bool
     sampling: Sampling
+    scored_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +208,18 @@ class Scheduler:
         most = min(self.limits.step_tokens, self.limits.step_picks)
         for _ in range(min(share, len(self._ready), most)):
             place = self._places[self._ready.popleft()]
-            yield _take(place, 1)
+            yield _take(place, 1, 1)
 
     def _prompt_rows(self, room: int, picks: int) -> Iterator[BatchRows]:
-        """At most `room` rows, of which `picks` want a pick: each prompt's last one does."""
+        """At most `room` rows, of which `picks` want a pick: each prompt's last one does, and each
+        before a token that is scored.
+        """
         room = min(room, self.limits.chunk_tokens)
         for _ in range(len(self._prompts)):
             if room == 0 or picks == 0:
                 return
             place = self._places[self._prompts.popleft()]
-            rows = _take(place, room)
+            rows = _take(place, room, picks)
             room -= len(rows.tokens)
             picks -= rows.want_logits
             if place.n_sent < place.session.n_prompt:
@@ -239,13 +245,18 @@ def rows_that_fit(dim: int, message_bytes: int) -> int:
     return max(1, message_bytes // (4 * dim))
 
 
-def _take(place: _Place, room: int) -> BatchRows:
-    """The next rows of a session, at most `room`. Only the newest confirmed token wants a pick."""
+def _take(place: _Place, room: int, picks: int) -> BatchRows:
+    """The next rows of a session, at most `room`, of which at most `picks` want logits."""
     session, start = place.session, place.n_sent
-    tokens = tuple(session.tokens[start : start + room])
-    place.n_sent += len(tokens)
-    want_logits = 1 if place.n_sent == len(session.tokens) else 0
-    is_prompt = start < session.n_prompt
+    first = max(start, session.first_wanted_row)
+    stop = min(start + room, first + picks, len(session.tokens))
+    place.n_sent = stop
     return BatchRows(
-        session.id, start, tokens, want_logits, is_prompt=is_prompt, sampling=session.sampling
+        session.id,
+        start,
+        tuple(session.tokens[start:stop]),
+        want_logits=max(0, stop - first),
+        is_prompt=start < session.n_prompt,
+        sampling=session.sampling,
+        scored_ids=tuple(session.tokens[first + 1 : min(stop + 1, session.n_prompt)]),
     )

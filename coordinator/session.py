@@ -35,7 +35,9 @@ class Session:
         max_tokens: int,
         sampling: Sampling,
         end_ids: frozenset[int],
+        scored_from: int | None = None,
     ) -> None:
+        """`scored_from`: position, above 0, from which on the prompt's tokens are scored."""
         assert prompt, "the door refuses an empty prompt"
         assert max_tokens > 0, "the door gives every answer room"
         self.id = id
@@ -44,6 +46,7 @@ class Session:
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.end_ids = end_ids  # empty: go on after the model's end token
+        self.scored_from = self.n_prompt if scored_from is None else scored_from
         self.n_computed = 0  # positions whose rows have come back: their KV is in every stage
         self.ending: Ending | None = None
 
@@ -56,6 +59,12 @@ class Session:
     def is_reading(self) -> bool:
         """Whether rows of its prompt have still to come back."""
         return self.n_computed < self.n_prompt
+
+    @property
+    def first_wanted_row(self) -> int:
+        """Position from which on rows want logits: the newest token, or to score the prompt."""
+        is_scored = self.is_reading and self.scored_from < self.n_prompt
+        return self.scored_from - 1 if is_scored else len(self.tokens) - 1
 
     @property
     def n_answer(self) -> int:

@@ -7,6 +7,7 @@ belong to the event loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.answer import AnswerText
@@ -36,6 +37,7 @@ class Update:
     text: str = ""
     picks: tuple[Pick, ...] = ()
     ended: Ended | None = None
+    scores: tuple[Pick, ...] = ()  # of tokens of the prompt, which come before all picks
 
 
 class AnswerStream:
@@ -50,6 +52,7 @@ class AnswerStream:
         self._told_at = now
         self._parts: list[str] = []
         self._picks: list[Pick] = []
+        self._scores: list[Pick] = []
         self._ended: Ended | None = None
         self._error: PotluckError | None = None
         self._news = asyncio.Event()
@@ -65,6 +68,11 @@ class AnswerStream:
         """Rows of its prompt have come back."""
         if now - self._told_at >= _PREFILL_SECONDS:
             self._tell(now)
+
+    def score(self, scores: Sequence[Pick], now: float) -> None:
+        """The next tokens of the prompt have been scored."""
+        self._scores += scores
+        self._tell(now)
 
     def push(self, position: int, pick: Pick, now: float) -> None:
         """Commits a picked token to session and text. Raises StepError as Session.push does.
@@ -94,6 +102,12 @@ class AnswerStream:
                 await self._news.wait()
         except TimeoutError:
             return Update()
+        if self._scores:
+            update = Update(scores=tuple(self._scores[:_MOST_PICKS]))
+            del self._scores[:_MOST_PICKS]
+            if not (self._scores or self._picks or self._ended or self._error):
+                self._news.clear()
+            return update
         if self._error is not None and not self._picks:
             raise self._error
         if len(self._picks) > _MOST_PICKS:  # who reads slowly gets several: messages are bounded

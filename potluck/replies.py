@@ -29,6 +29,8 @@ class AnswerOptions:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # None: none; n: of each token and of the n most likely
     ignore_end: bool = False
+    prompt_logprobs: int | None = None  # None: none; n: of the prompt's tokens, as logprobs
+    prompt_logprobs_start: int = 0  # the first position that they are wanted of; 0: as 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,16 @@ class Piece:
 
     text: str
     tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """The next tokens of the prompt with their log-probabilities, if they were asked for.
+
+    All of them together are the prompt from `prompt_logprobs_start` on, without its first token.
+    """
+
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +115,7 @@ class Done:
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
 
-AnswerEvent = Piece | Prefill | Done
+AnswerEvent = Piece | PromptTokens | Prefill | Done
 
 
 @dataclass(frozen=True, slots=True)

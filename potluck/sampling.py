@@ -87,6 +87,7 @@ RANGES = {
     "seed": Range(0, 2**63 - 1, is_whole=True),
     "logprobs": Range(0, 20, is_whole=True),
     "prompt_tokens": Range(0, 2**32 - 1, is_whole=True),
+    "prompt_logprobs": Range(0, 20, is_whole=True),
 }
 """The one table of ranges; doors show it and check nothing themselves."""
 
@@ -108,11 +109,12 @@ class Sampling:
     logprobs: int | None = None  # None: none; n: of the pick and of the n most likely tokens
     prompt_tokens: int = 0  # positions below this are prompt, the others answer
     refused_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None  # the same of tokens that are known: `score`
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
-            if value not in allowed and not (name == "logprobs" and value is None):
+            if value not in allowed and not (value is None and name.endswith("logprobs")):
                 raise UsageError(f"{name}: {allowed}, not {_shown(value)}")
         if len(self.refused_ids) > REFUSED_IDS_LIMIT:
             raise UsageError(
@@ -152,11 +154,7 @@ def pick(logits: Logits, sampling: Sampling, position: int, tokens: Tokens, math
     `tokens` are the session's ids at positions [0, position). Raises FrameError if a logit is NaN
     or no logit is finite, UsageError if an id is outside the vocabulary or all are refused.
     """
-    best = int(logits.argmax())  # numpy: the first of the largest, and a NaN is larger than all
-    if not np.isfinite(logits[best]):
-        raise FrameError(
-            f"the logits for position {position} hold {logits[best]}: no token follows"
-        )
+    best = _best(logits, position)
     adjusted = _adjusted(logits, sampling, tokens)
     if adjusted is not logits:
         best = int(adjusted.argmax())
@@ -167,13 +165,16 @@ def pick(logits: Logits, sampling: Sampling, position: int, tokens: Tokens, math
         token = _draw(adjusted, float(adjusted[best]), sampling, position, maths)
     if sampling.logprobs is None:
         return Pick(token)
-    log_sum = maths.log_sum_exp(logits.data)
-    top = _most_likely(logits, sampling.logprobs)
-    return Pick(
-        token,
-        _logprob(logits, token, log_sum),
-        tuple((int(i), _logprob(logits, int(i), log_sum)) for i in top),
-    )
+    return _with_logprobs(logits, token, sampling.logprobs, maths)
+
+
+def score(logits: Logits, token: int, sampling: Sampling, position: int, maths: Maths) -> Pick:
+    """`token`, known to stand at `position`, with what f32 logits [vocab] say of it.
+
+    They are not changed, and no setting changes what they say. Raises FrameError as `pick` does.
+    """
+    _best(logits, position)
+    return _with_logprobs(logits, token, sampling.prompt_logprobs or 0, maths)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -207,6 +208,7 @@ def to_message(sampling: Sampling) -> types_pb2.Sampling:
         logprobs=sampling.logprobs,
         prompt_tokens=sampling.prompt_tokens,
         refused_ids=sampling.refused_ids,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -224,6 +226,28 @@ def from_message(message: types_pb2.Sampling) -> Sampling:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_tokens=message.prompt_tokens,
         refused_ids=tuple(message.refused_ids),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def _best(logits: Logits, position: int) -> int:
+    """The most likely token. Raises FrameError unless its logit is finite."""
+    best = int(logits.argmax())  # numpy: the first of the largest, and a NaN is larger than all
+    if not np.isfinite(logits[best]):
+        raise FrameError(
+            f"the logits for position {position} hold {logits[best]}: no token follows"
+        )
+    return best
+
+
+def _with_logprobs(logits: Logits, token: int, n_top: int, maths: Maths) -> Pick:
+    """The token, its log-probability and the n_top most likely tokens with theirs."""
+    log_sum = maths.log_sum_exp(logits.data)
+    top = _most_likely(logits, n_top)
+    return Pick(
+        token,
+        _logprob(logits, token, log_sum),
+        tuple((int(i), _logprob(logits, int(i), log_sum)) for i in top),
     )
 
 

@@ -33,6 +33,7 @@ class RowsWork:
     first_row: int  # index in the step's batch as it arrived
     sampling: Sampling
     tokens: npt.NDArray[np.int32]  # last stage: ids at positions [0, start + n_tokens); else empty
+    scored_ids: tuple[int, ...] = ()  # of the first that want logits the tokens that follow
 
 
 @dataclass(slots=True)
@@ -163,7 +164,10 @@ class Sessions:
         session, start = rows.session, rows.start_position
         if n_tokens == 0 or rows.want_logits > n_tokens:
             return _invalid(f"session {session}: {rows.want_logits} logits of {n_tokens} tokens")
-        if (largest := max(rows.token_ids)) >= self._limits.vocab:
+        if len(rows.scored_ids) > rows.want_logits:
+            counts = f"{len(rows.scored_ids)} tokens to score, {rows.want_logits} logits wanted"
+            return _invalid(f"session {session}: {counts}")
+        if (largest := max([*rows.token_ids, *rows.scored_ids])) >= self._limits.vocab:
             ids = f"ids are 0 to {self._limits.vocab - 1}"
             return _invalid(f"session {session}: token {largest}, {ids}")
         found = self._sessions.get(session)
@@ -193,8 +197,8 @@ class Sessions:
                     return _invalid(f"session {session}: {e.message}")
             tokens[start:stop] = rows.token_ids
             tokens = tokens[:stop]
-        want = rows.want_logits
-        return RowsWork(session, start, n_tokens, want, place, first_row, sampling, tokens)
+        want, scored = rows.want_logits, tuple(rows.scored_ids)
+        return RowsWork(session, start, n_tokens, want, place, first_row, sampling, tokens, scored)
 
     def _apply(self, command: types_pb2.KvCommand) -> types_pb2.Failure | None:
         """Does a command; a failure if it can't be done, and then nothing has changed."""

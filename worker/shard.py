@@ -341,13 +341,16 @@ class Shard:
     def _pick(
         self, rows: list[RowsWork], logits: npt.NDArray[np.float32], output: StepOutput
     ) -> None:
-        """Tokens for each row that wanted logits [sum of want_logits, vocab]."""
+        """Tokens for each row that wanted logits [sum of want_logits, vocab]; known ones first."""
         at = 0
         for row in rows:
             first = row.start + row.n_tokens - row.want_logits + 1  # position of the first pick
             picks: list[Pick] = []
             try:
-                for position in range(first, first + row.want_logits):
+                for i, token in enumerate(row.scored_ids):
+                    known = sampling.score(logits[at + i], token, row.sampling, first + i, engine)
+                    picks.append(known)
+                for position in range(first + len(picks), first + row.want_logits):
                     wanted = logits[at + position - first]
                     before = row.tokens[:position]
                     picks.append(sampling.pick(wanted, row.sampling, position, before, engine))

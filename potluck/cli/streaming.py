@@ -50,7 +50,7 @@ async def stream(
                         if shown:
                             text = wrapper.push(event.text) if wrapped else event.text
                             print(text, end="", flush=True)
-                    else:
+                    elif isinstance(event, Done):
                         answer.done = event
             finally:
                 if shown and answer.text:

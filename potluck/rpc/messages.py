@@ -23,15 +23,19 @@ def options_message(options: replies.AnswerOptions | None) -> inference_pb2.Opti
         stop=o.stop,
         logprobs=o.logprobs,
         ignore_end=o.ignore_end,
+        prompt_logprobs=o.prompt_logprobs,
+        prompt_logprobs_start=o.prompt_logprobs_start,
     )
 
 
 def events_of(message: inference_pb2.GenerateReply) -> list[replies.AnswerEvent]:
-    """Zero or more events of one message: Prefill, then Piece, then Done."""
+    """Zero or more events of one message: Prefill, PromptTokens, Piece, Done."""
     events: list[replies.AnswerEvent] = []
     if message.HasField("prefill"):
         p = message.prefill
         events.append(replies.Prefill(p.done_tokens, p.total_tokens, p.queue))
+    if message.prompt_tokens:
+        events.append(replies.PromptTokens(tuple(_token(t) for t in message.prompt_tokens)))
     if message.text or message.tokens:
         events.append(replies.Piece(message.text, tuple(_token(t) for t in message.tokens)))
     if message.HasField("done"):

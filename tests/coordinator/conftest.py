@@ -19,7 +19,15 @@ from coordinator.loading import open_pipeline
 from coordinator.served import ServedModel, open_model
 from coordinator.templates import Conversations
 from potluck.client import Client
-from potluck.replies import AnswerEvent, AnswerOptions, Done, Piece, Prefill, Token
+from potluck.replies import (
+    AnswerEvent,
+    AnswerOptions,
+    Done,
+    Piece,
+    Prefill,
+    PromptTokens,
+    Token,
+)
 from potluck.rpc import PROTOCOL, options
 from potluck.rpc.v1 import (
     cluster_pb2,
@@ -68,6 +76,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     refuse: tuple[grpc.StatusCode, str] | None = None  # what Load answers
     fail_session: int = 0  # whose rows fail here
     full_for: int = 0  # the session that finds no room here
+    is_old: bool = False  # as a release that knows nothing of scored tokens
     may_load: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: loads wait here
     may_pass: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: steps wait here
     loads: list[worker_pb2.LoadRequest] = field(default_factory=list)
@@ -249,6 +258,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if entry.want_logits:
             known = self.kv[entry.session]
             end = entry.start_position + len(entry.token_ids)
+            for i, token in enumerate(entry.scored_ids if not self.is_old else ()):
+                scored = result.picks.add(token_id=token)
+                scored.position = end - entry.want_logits + 1 + i
+                scored.logprob = -scored.position / 8
+                for n in range(entry.sampling.prompt_logprobs):
+                    scored.top.add(token_id=n, logprob=-1.0)
+            if len(result.picks) == entry.want_logits:
+                return result
             pick = result.picks.add(position=end)
             pick.token_id = self.next_token([known[i] for i in range(end)])
             if entry.sampling.HasField("logprobs"):
@@ -298,6 +315,7 @@ class Answer:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    prompt: list[Token] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     done: Done | None = None
 
@@ -305,6 +323,8 @@ class Answer:
         if isinstance(event, Piece):
             self.text += event.text
             self.tokens += event.tokens
+        elif isinstance(event, PromptTokens):
+            self.prompt += event.tokens
         elif isinstance(event, Prefill):
             self.prefills.append(event)
         else:

@@ -118,6 +118,7 @@ SETTINGS = st.builds(
     seed=st.integers(0, 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
     prompt_tokens=st.integers(0, 8),
+    prompt_logprobs=st.none() | st.integers(0, 20),
     refused_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
 )
 
@@ -268,6 +269,18 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert other.logprob == pytest.approx(math.log((0, 0.3, 0.2)[other.token]), abs=1e-6)
 
 
+def test_a_known_token_is_scored_as_a_picked_one() -> None:
+    logits = large()
+    picked = pick(logits, Sampling(logprobs=3), 7, (), NumpyMaths())
+    bent = Sampling(prompt_logprobs=3, temperature=0.5, repetition_penalty=5, refused_ids=(9,))
+    assert sampling.score(logits, picked.token, bent, 7, NumpyMaths()) == picked
+    third = picked.top[2]
+    assert sampling.score(logits, third[0], Sampling(), 7, NumpyMaths()) == Pick(*third)
+    logits[777] = math.nan
+    with pytest.raises(FrameError, match="position 7"):
+        sampling.score(logits, 3, Sampling(), 7, NumpyMaths())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_refused(bad: float, temperature: float) -> None:
@@ -302,6 +315,7 @@ def test_penalties_refuse_ids_outside_the_vocabulary() -> None:
         ("seed", -1, "seed: 0 to 9223372036854775807, not -1"),
         ("seed", 2**63, "seed: 0 to 9223372036854775807, not 9223372036854775808"),
         ("logprobs", 21, "logprobs: 0 to 20, not 21"),
+        ("prompt_logprobs", 21, "prompt_logprobs: 0 to 20, not 21"),
         ("prompt_tokens", "3", "prompt_tokens: 0 to 4294967295, not '3'"),
         ("refused_ids", tuple(range(1025)), "refused_ids: at most 1024, not 1025"),
     ],

@@ -93,6 +93,8 @@ def test_rows_at_or_above_a_position_are_overwritten() -> None:
         (rows(1, 3, [VOCAB]), (1, "INVALID")),
         (rows(1, 3, [2**32 - 1]), (1, "INVALID")),
         (rows(1, 3, [1], 1, sampling=types_pb2.Sampling(temperature=9)), (1, "INVALID")),
+        (rows(1, 3, [1, 2], 1, scored_ids=[2, 3]), (1, "INVALID")),
+        (rows(1, 3, [1, 2], 2, scored_ids=[2, VOCAB]), (1, "INVALID")),
     ],
 )
 def test_one_sessions_mistake_fails_no_other(bad: types_pb2.Rows, code: tuple[int, str]) -> None:
