@@ -111,7 +111,8 @@ class Client:
     async def tokenize(self, text: str, *, without_start: bool = False) -> list[int]:
         """Token ids of `text`, with the model's start token unless `without_start`."""
         request = inference_pb2.TokenizeRequest(text=text, without_start=without_start)
-        reply = await self._call(self._stub().Tokenize(request, timeout=rpc_options.CALL_SECONDS))
+        deadline = rpc_options.text_seconds(len(text))
+        reply = await self._call(self._stub().Tokenize(request, timeout=deadline))
         return list(reply.ids)
 
     async def detokenize(self, ids: Iterable[int]) -> str:

@@ -23,7 +23,7 @@ COMMANDS = {
     "Run": ("demo", "serve", "join"),
     "Ask": ("generate", "chat", "status"),
     "Models": ("pull", "list", "show", "rm", "tokenize"),
-    "Measure": ("bench",),
+    "Measure": ("bench", "perplexity"),
     "Set up": ("completion",),
 }
 # A module `list` would become an attribute of the package that hides the builtin.

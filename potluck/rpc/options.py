@@ -16,6 +16,7 @@ LOGITS_BYTES = 64 * 1024 * 1024
 CONNECT_SECONDS = 3.0
 REGISTER_SECONDS = 5.0
 CALL_SECONDS = 5.0  # Describe, Status, Tokenize and other small calls
+TEXT_LETTERS_PER_SECOND = 100_000  # that the slowest machine cuts into tokens; a laptop 2,000,000
 HEARTBEAT_SECONDS = 0.5  # interval
 HEARTBEAT_DEADLINE_SECONDS = 2.0
 LOST_SECONDS = 4.0  # without a heartbeat
@@ -38,6 +39,12 @@ DEFAULT_FLEET_PORT = 7684
 DEFAULT_WORKER_PORT = 7690
 
 Options = list[tuple[str, int]]
+
+
+def text_seconds(n_letters: int) -> float:
+    """Deadline of Tokenize for a text of that length; a book of a million letters: 15 s."""
+    return CALL_SECONDS + n_letters / TEXT_LETTERS_PER_SECOND
+
 
 _BOTH: Options = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),

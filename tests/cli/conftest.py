@@ -30,6 +30,7 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
     pause_seconds: float = 0.0  # before each word
     state: str = "serving"
     context_tokens: int = 2048
+    scores: bool = True  # tokens of the prompt, if asked: -1/8 at position 1 and so on
     asked: list[inference_pb2.GenerateRequest | inference_pb2.ChatRequest] = field(
         default_factory=list
     )
@@ -74,7 +75,13 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[Reply]:
         self.asked.append(request)
-        return self._answer(request.options, context)
+        options = request.options
+        if self.scores and options.HasField("prompt_logprobs"):
+            start = max(1, options.prompt_logprobs_start)
+            ids = list(enumerate(request.tokens.ids))[start:]
+            known = [inference_pb2.TokenInfo(token_id=id, logprob=-i / 8) for i, id in ids]
+            yield Reply(prompt_tokens=known)
+        yield from self._answer(options, context)
 
     def Chat(
         self, request: inference_pb2.ChatRequest, context: grpc.ServicerContext

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from potluck.client import Client
-from potluck.replies import AnswerOptions, Done, Piece, ServiceReport, Token
+from potluck.replies import AnswerOptions, Done, Piece, PromptTokens, ServiceReport, Token
 
 START_SECONDS = 60.0
 
@@ -28,6 +28,7 @@ class Answer:
     text: str
     tokens: tuple[Token, ...]
     done: Done
+    prompt: tuple[Token, ...] = ()  # with prompt_logprobs
 
     @property
     def bits(self) -> tuple[tuple[int, str], ...]:
@@ -38,15 +39,18 @@ class Answer:
 async def collect(client: Client, prompt: str | list[int], options: AnswerOptions) -> Answer:
     text: list[str] = []
     tokens: list[Token] = []
+    scored: list[Token] = []
     done: Done | None = None
     async for event in client.generate(prompt, options):
         if isinstance(event, Piece):
             text.append(event.text)
             tokens.extend(event.tokens)
+        elif isinstance(event, PromptTokens):
+            scored.extend(event.tokens)
         elif isinstance(event, Done):
             done = event
     assert done is not None
-    return Answer("".join(text), tuple(tokens), done)
+    return Answer("".join(text), tuple(tokens), done, tuple(scored))
 
 
 @dataclass
