@@ -23,6 +23,7 @@
 #include "engine/probe.h"
 #include "engine/product.h"
 #include "engine/shard.h"
+#include "engine/synthetic.h"
 #include "engine/tuning.h"
 #include "engine/types.h"
 #include "engine/vector.h"
@@ -236,6 +237,34 @@ void BindRows(py::module_& m) {
       .def_readwrite("want_logits", &RowSpan::want_logits);
 }
 
+py::bytes RowsOf(const Synthetic& model, const std::string& name, const std::string& type_name,
+                 size_t cols, size_t first_row, size_t n_rows) {
+  const TypeInfo& info = KnownType(type_name);
+  if (cols == 0 || cols % info.block_values != 0)
+    throw UsageError(name + ": " + std::to_string(cols) + " columns of " + type_name);
+  const size_t row_bytes = RowBytes(info.type, cols);
+  std::string bytes;
+  WithoutGil([&] {
+    const SyntheticTensor tensor(model, name, info.type, cols);
+    bytes.resize(n_rows * row_bytes);
+    for (size_t i = 0; i < n_rows; ++i)
+      tensor.Row(first_row + i, reinterpret_cast<uint8_t*>(&bytes[i * row_bytes]));
+  });
+  return bytes;
+}
+
+void BindSynthetic(py::module_& m) {
+  FinalClass<Synthetic>(m, "Synthetic")
+      .def(py::init([](uint64_t seed, size_t n_layers) {
+             if (n_layers == 0) throw ModelError("a synthetic model of no layers");
+             return Synthetic{seed, n_layers};
+           }),
+           py::kw_only(), py::arg("seed"), py::arg("n_layers"))
+      .def("rows", RowsOf, py::arg("name"), py::arg("type_name"), py::arg("cols"),
+           py::arg("first_row"), py::arg("n_rows"));
+  m.attr("SYNTHETIC_VERSION") = kSyntheticVersion;
+}
+
 void BindEngine(py::module_& m) {
   FinalClass<Engine>(m, "Engine")
       .def(py::init<size_t, const std::string&, bool>(), py::arg("threads") = 0,
@@ -291,11 +320,11 @@ void BindShard(py::module_& m) {
       .def(
           "put_file",
           [](Shard& shard, const std::string& name, const std::string& type_name, size_t rows,
-             size_t cols, const std::string& path, uint64_t offset_bytes) {
-            WithoutGil([&] { shard.PutFile(name, type_name, rows, cols, path, offset_bytes); });
+             size_t cols, const Origin& origin, uint64_t offset_bytes) {
+            WithoutGil([&] { shard.PutFile(name, type_name, rows, cols, origin, offset_bytes); });
           },
-          py::arg("name"), py::arg("type_name"), py::arg("rows"), py::arg("cols"), py::arg("path"),
-          py::arg("offset_bytes"))
+          py::arg("name"), py::arg("type_name"), py::arg("rows"), py::arg("cols"),
+          py::arg("origin"), py::arg("offset_bytes"))
       .def(
           "put",
           [](Shard& shard, const std::string& name, const std::string& type_name, size_t rows,
@@ -309,12 +338,12 @@ void BindShard(py::module_& m) {
           py::arg("first_row"), py::arg("data"))
       .def(
           "write_pack",
-          [](Shard& shard, const std::string& pack, const std::string& path,
+          [](Shard& shard, const std::string& pack, const Origin& origin,
              const std::vector<SourceTuple>& tensors) {
             const auto sources = SourcesOf(tensors);
-            return WithoutGil([&] { return shard.WritePack(pack, path, sources); });
+            return WithoutGil([&] { return shard.WritePack(pack, origin, sources); });
           },
-          py::arg("pack"), py::arg("path"), py::arg("tensors"))
+          py::arg("pack"), py::arg("origin"), py::arg("tensors"))
       .def(
           "pack_bytes",
           [](const Shard& shard, const std::vector<SourceTuple>& tensors) {
@@ -324,12 +353,12 @@ void BindShard(py::module_& m) {
           py::arg("tensors"))
       .def(
           "map_pack",
-          [](Shard& shard, const std::string& pack, const std::string& path,
+          [](Shard& shard, const std::string& pack, const Origin& origin,
              const std::vector<SourceTuple>& tensors) {
             const auto sources = SourcesOf(tensors);
-            return WithoutGil([&] { return shard.MapPack(pack, path, sources); });
+            return WithoutGil([&] { return shard.MapPack(pack, origin, sources); });
           },
-          py::arg("pack"), py::arg("path"), py::arg("tensors"))
+          py::arg("pack"), py::arg("origin"), py::arg("tensors"))
       .def("damaged_packs",
            [](const Shard& shard) { return WithoutGil([&] { return shard.DamagedPacks(); }); })
       .def(
@@ -411,6 +440,7 @@ PYBIND11_MODULE(_engine, m) {
   BindConfig(m);
   BindRows(m);
   BindEngine(m);
+  BindSynthetic(m);
   BindShard(m);
   m.def("matmul", MatMulOf, py::arg("engine"), py::arg("type_name"), py::arg("rows"),
         py::arg("cols"), py::arg("weights"), py::arg("x"), py::arg("out"));

@@ -16,6 +16,7 @@ _Buffer: TypeAlias = Buffer | np.ndarray[Any, Any]
 
 ISAS: tuple[str, ...]  # kernel tables compiled in, "scalar" first
 PACK_LAYOUT: str  # of packed matrices, a part of a pack file's name
+SYNTHETIC_VERSION: int  # rises when the same seed gives other weights
 
 def available_isas() -> tuple[str, ...]:
     """Those of ISAS that this CPU can run."""
@@ -121,6 +122,18 @@ class RowSpan:
     ) -> None: ...
 
 @final
+class Synthetic:
+    """Which model of random weights, in place of a file; cpp/engine/synthetic.h defines them."""
+
+    def __init__(self, *, seed: int, n_layers: int) -> None:
+        """n_layers: of the whole model. ModelError: none."""
+    def rows(self, name: str, type_name: str, cols: int, first_row: int, n_rows: int) -> bytes:
+        """Rows of the tensor `name` as a file of that type has them; a norm is one row of f32.
+
+        ModelError, UsageError: a type or a width that it can't have.
+        """
+
+@final
 class Shard:
     """The weights of layers [start, stop), their KV pages, and one call a step.
 
@@ -146,9 +159,15 @@ class Shard:
         Vectors have one row. Without output.weight in the file, token_embd.weight takes its place.
         """
     def put_file(
-        self, name: str, type_name: str, rows: int, cols: int, path: str, offset_bytes: int
+        self,
+        name: str,
+        type_name: str,
+        rows: int,
+        cols: int,
+        origin: str | Synthetic,
+        offset_bytes: int,
     ) -> None:
-        """Reads one matrix from a file, slab by slab, into its packed place.
+        """Reads one matrix from a file (or makes it), slab by slab, into its packed place.
 
         The page cache is dropped behind. ModelError: not in the span, put twice, wrong shape, type
         not supported, file too short, a scale that is not finite.
@@ -158,17 +177,19 @@ class Shard:
     ) -> None:
         """The same from memory: whole rows from first_row on (a multiple of 8, or all)."""
     def write_pack(
-        self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]
+        self, pack: str, origin: str | Synthetic, tensors: list[tuple[str, str, int, int, int]]
     ) -> str:
-        """Writes a pack of these tensors (name, type, rows, cols, offset) of the file at `path`.
+        """Writes a pack of these tensors (name, type, rows, cols, offset) of a file or of none.
 
         Takes no memory for them. Why the pack could not be written (a full disk, say); "": it is
         there. ModelError: as put_file.
         """
     def pack_bytes(self, tensors: list[tuple[str, str, int, int, int]]) -> int:
         """What a pack of these takes on disk. ModelError: a tensor is not of the span."""
-    def map_pack(self, pack: str, path: str, tensors: list[tuple[str, str, int, int, int]]) -> str:
-        """Takes tensors from a pack that write_pack made of the same file.
+    def map_pack(
+        self, pack: str, origin: str | Synthetic, tensors: list[tuple[str, str, int, int, int]]
+    ) -> str:
+        """Takes tensors from a pack that write_pack made of the same origin.
 
         Why it can't be used (there is none, or the system refuses), and then nothing has changed;
         "": they are put. After seal only in place of a pack of the same tensors. DamagedPack: it is

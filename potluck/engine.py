@@ -16,11 +16,13 @@ try:
     from potluck._engine import (
         ISAS,
         PACK_LAYOUT,
+        SYNTHETIC_VERSION,
         Config,
         Engine,
         RopeScaling,
         RowSpan,
         Shard,
+        Synthetic,
         available_isas,
         benchmark_matmul,
         block_layout,
@@ -38,11 +40,13 @@ except ImportError as missing:
 __all__ = [
     "ISAS",
     "PACK_LAYOUT",
+    "SYNTHETIC_VERSION",
     "Config",
     "Engine",
     "RopeScaling",
     "RowSpan",
     "Shard",
+    "Synthetic",
     "TensorTuple",
     "available_isas",
     "benchmark_matmul",
@@ -53,6 +57,7 @@ __all__ = [
     "load",
     "log_sum_exp",
     "matmul",
+    "origin_of",
 ]
 
 TensorTuple = tuple[str, str, int, int, int]  # name, type, rows, cols, offset in the file
@@ -89,25 +94,32 @@ def config_for(model: ModelConfig) -> Config:
     )
 
 
+def origin_of(file: GgufFile) -> str | Synthetic:
+    """Where the engine gets the weights of `file` from."""
+    if file.synthetic is None:
+        return str(file.path)
+    return Synthetic(seed=file.synthetic.seed, n_layers=file.synthetic.n_layers)
+
+
 def load(
     shard: Shard,
     file: GgufFile,
     tensors: Iterable[TensorInfo],
     on_progress: Callable[[int], None],
 ) -> None:
-    """Read `tensors` of `file` into `shard` and seal it.
+    """Read (or make) `tensors` of `file` into `shard` and seal it.
 
     on_progress gets the bytes read so far, after each tensor, on the calling thread; what it raises
     ends the loading. Raises ModelError: a tensor is missing, not of the span, cut short or damaged.
     """
-    done_bytes = 0
+    done_bytes, origin = 0, origin_of(file)
     for tensor in tensors:
         shard.put_file(
             tensor.name,
             tensor.type_name,
             tensor.rows,
             tensor.cols,
-            str(file.path),
+            origin,
             tensor.offset_bytes,
         )
         done_bytes += tensor.size_bytes

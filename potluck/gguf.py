@@ -65,6 +65,14 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Which random weights a file would hold, were there one; the engine makes them."""
+
+    seed: int
+    n_layers: int  # of the whole model
+
+
+@dataclass(frozen=True, slots=True)
 class GgufFile:
     """The checked header of one file. Arrays in `metadata` are read-only sequences."""
 
@@ -77,6 +85,7 @@ class GgufFile:
     header_sha256: str  # of bytes [0, data_offset_bytes), in hex; equal headers, equal model
     # Type in the file of each value, or of an array's elements: "u32", "str".
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
+    synthetic: Synthetic | None = None  # there is no file: potluck/synthetic.py made this header
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string. Raises ModelError: another type, or missing without a default."""

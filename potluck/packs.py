@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck.engine import PACK_LAYOUT, Shard, TensorTuple
+from potluck.engine import PACK_LAYOUT, Shard, TensorTuple, origin_of
 from potluck.errors import DamagedPack, ModelError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.model import EMBEDDING, HEAD, passing_bytes
@@ -135,7 +135,7 @@ class MappedWeights:
         self, shard: Shard, file: GgufFile, tensors: Iterable[TensorInfo], packs: PackFolder
     ) -> None:
         self._shard = shard
-        self._file = file
+        self._origin = origin_of(file)
         self._packs = packs
         self._tensors = list(tensors)
         self._parts = {
@@ -193,7 +193,7 @@ class MappedWeights:
     def _map(self, path: str) -> str:
         """Takes the tensors from a pack that is there; "", or why not."""
         try:
-            why = self._shard.map_pack(path, str(self._file.path), self._sources(path))
+            why = self._shard.map_pack(path, self._origin, self._sources(path))
         except DamagedPack as e:
             why = e.message
             self._wrong.add(path)
@@ -216,7 +216,7 @@ class MappedWeights:
             why = self._make_room(path)
         return (
             why
-            or self._shard.write_pack(path, str(self._file.path), self._sources(path))
+            or self._shard.write_pack(path, self._origin, self._sources(path))
             or self._map(path)
         )
 
@@ -227,9 +227,7 @@ class MappedWeights:
 
     def _keep_in_memory(self, tensors: list[TensorInfo]) -> None:
         for t in tensors:
-            self._shard.put_file(
-                t.name, t.type_name, t.rows, t.cols, str(self._file.path), t.offset_bytes
-            )
+            self._shard.put_file(t.name, t.type_name, t.rows, t.cols, self._origin, t.offset_bytes)
 
     def _sources(self, path: str) -> list[TensorTuple]:
         return [(t.name, t.type_name, t.rows, t.cols, t.offset_bytes) for t in self._parts[path]]

@@ -17,8 +17,6 @@ std::string LayerTensor(size_t layer, const char* name) {
   return "blk." + std::to_string(layer) + "." + name;
 }
 
-PackSource SourceOf(const WeightFile& file) { return {file.size_bytes(), file.modified_ns()}; }
-
 size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 }  // namespace
@@ -159,16 +157,17 @@ void Loading::CheckTied(const Slot& slot) const {
   throw ModelError(name + ": this shard holds " + other + " as its head already");
 }
 
-void Loading::PutFile(Pool& pool, const TensorSource& source, const std::string& path,
+void Loading::PutFile(Pool& pool, const TensorSource& source, const Origin& origin,
                       std::atomic<uint64_t>* progress) {
   Slot& slot = Claim(source);
   if (slot.n_panels_missing != slot.has_panel.size() || !slot.pending.empty()) {
     throw ModelError(source.name + ": put twice, some rows of it from memory");
   }
-  const WeightFile file(path);
+  const auto from = Open(origin);
+  const auto rows = from->RowsOf(slot.form, source.offset_bytes);
   const size_t panel_bytes = slot.form.panel_bytes();
-  PackFromFile(
-      pool, slot.form, file, source.offset_bytes,
+  PackRows(
+      pool, slot.form, *rows,
       [&](const Piece& piece) { return slot.place + piece.first * panel_bytes; },
       [&](const Piece&, const uint8_t*) { progress->fetch_add(1, std::memory_order_relaxed); });
   slot.has_panel.assign(slot.has_panel.size(), true);
@@ -241,17 +240,18 @@ uint64_t Loading::PackBytes(const std::vector<TensorSource>& sources) const {
   return PlanOf(sources, {}).file_bytes();
 }
 
-std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::string& path,
+std::string Loading::WritePack(Pool& pool, const std::string& pack, const Origin& origin,
                                const std::vector<TensorSource>& sources,
                                std::atomic<uint64_t>* progress) const {
-  const WeightFile file(path);
-  const PackPlan plan = PlanOf(sources, SourceOf(file));
+  const auto from = Open(origin);
+  const PackPlan plan = PlanOf(sources, from->identity());
   PackWriter writer(pack, plan, pool.threads());
   std::vector<std::vector<uint8_t>> buffers(pool.threads());
   for (size_t i = 0; i < sources.size() && writer.why().empty(); ++i) {
     const TensorForm& form = plan.forms()[i];
-    PackFromFile(
-        pool, form, file, sources[i].offset_bytes,
+    const auto rows = from->RowsOf(form, sources[i].offset_bytes);
+    PackRows(
+        pool, form, *rows,
         [&](const Piece& piece) {
           std::vector<uint8_t>& buffer = buffers[piece.thread];
           buffer.resize((piece.last - piece.first) * form.panel_bytes());
@@ -265,9 +265,9 @@ std::string Loading::WritePack(Pool& pool, const std::string& pack, const std::s
   return writer.Finish();
 }
 
-std::string Loading::MapPack(const std::string& pack, const std::string& path,
+std::string Loading::MapPack(const std::string& pack, const Origin& origin,
                              const std::vector<TensorSource>& sources) {
-  PackPlan plan = PlanOf(sources, SourceOf(WeightFile(path)));
+  PackPlan plan = PlanOf(sources, Open(origin)->identity());
   for (const TensorSource& source : sources) {
     const Slot& slot = Find(source.name);
     if (slot.place != nullptr) throw ModelError(source.name + ": put twice");

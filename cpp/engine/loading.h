@@ -1,5 +1,5 @@
-// How a span's tensors get into their packed places: from a file, from memory, or mapped from a
-// pack, in any order.
+// How a span's tensors get into their packed places: from a file or a generator, from memory, or
+// mapped from a pack, in any order.
 //
 // Knows GGUF's names of tensors and which a span needs, but no file format: the caller says where
 // a tensor's bytes are. Peak memory is the shard plus a slab of 8 rows a thread. Not for several
@@ -19,12 +19,12 @@
 #include "engine/pack_file.h"
 #include "engine/packing.h"
 #include "engine/pool.h"
-#include "engine/weight_file.h"
+#include "engine/weight_source.h"
 #include "engine/weights.h"
 
 namespace potluck {
 
-// Where a tensor lies in a file, and what the file says of it.
+// Where a tensor lies in a file, and what the file says of it. A generator heeds no offset.
 struct TensorSource {
   std::string name;
   std::string type_name;
@@ -39,15 +39,15 @@ class Loading {
 
   // As the functions of Shard. Those that read a file count its pieces in *progress.
   std::vector<TensorShape> Matrices() const;
-  void PutFile(Pool& pool, const TensorSource& source, const std::string& path,
+  void PutFile(Pool& pool, const TensorSource& source, const Origin& origin,
                std::atomic<uint64_t>* progress);
   void Put(Pool& pool, const std::string& name, const std::string& type_name, size_t rows,
            size_t cols, size_t first_row, const uint8_t* data, size_t size_bytes);
-  std::string WritePack(Pool& pool, const std::string& pack, const std::string& path,
+  std::string WritePack(Pool& pool, const std::string& pack, const Origin& origin,
                         const std::vector<TensorSource>& sources,
                         std::atomic<uint64_t>* progress) const;
   uint64_t PackBytes(const std::vector<TensorSource>& sources) const;
-  std::string MapPack(const std::string& pack, const std::string& path,
+  std::string MapPack(const std::string& pack, const Origin& origin,
                       const std::vector<TensorSource>& sources);
   std::vector<std::string> DamagedPacks() const;
   // All weights of the span, valid as long as this object and until MapPack is called again.

@@ -37,19 +37,19 @@ bool Widen(const TensorForm& form, const uint8_t* row, float* out) {
 }
 
 // Reads and packs panels [first, last), one slab at a time.
-void PackPanels(const TensorForm& form, const WeightFile& file, uint64_t offset_bytes, size_t first,
-                size_t last, uint8_t* slab, uint8_t* out) {
+void PackPanels(const TensorForm& form, const RowReader& rows, size_t first, size_t last,
+                uint8_t* slab, uint8_t* out) {
   const size_t row_bytes = form.row_bytes();
   for (size_t panel = first; panel < last; ++panel, out += form.panel_bytes()) {
     const size_t first_row = panel * kPanelRows;
     const size_t n_rows = std::min(kPanelRows, form.shape.rows - first_row);
     if (form.rope_dim > 0) {
       for (size_t r = 0; r < n_rows; ++r) {
-        const uint64_t place = form.FileRow(first_row + r) * row_bytes;
-        file.Read(offset_bytes + place, row_bytes, slab + r * row_bytes);
+        const size_t row = form.FileRow(first_row + r);
+        rows.Read(row, row + 1, slab + r * row_bytes);
       }
     } else {
-      file.Read(offset_bytes + first_row * row_bytes, n_rows * row_bytes, slab);
+      rows.Read(first_row, first_row + n_rows, slab);
     }
     PackPanelOf(form, panel, [&](size_t row) { return slab + (row - first_row) * row_bytes; }, out);
   }
@@ -103,23 +103,19 @@ void ForPieces(Pool& pool, const TensorForm& form, const std::function<void(cons
   });
 }
 
-void PackFromFile(Pool& pool, const TensorForm& form, const WeightFile& file, uint64_t offset_bytes,
-                  const std::function<uint8_t*(const Piece&)>& place,
-                  const std::function<void(const Piece&, const uint8_t* packed)>& done) {
-  const size_t row_bytes = form.row_bytes();
-  file.CheckHolds(form.shape.name, offset_bytes, form.shape.rows * row_bytes);
-  std::vector<uint8_t> slabs(pool.threads() * kPanelRows * row_bytes);
+void PackRows(Pool& pool, const TensorForm& form, const RowReader& rows,
+              const std::function<uint8_t*(const Piece&)>& place,
+              const std::function<void(const Piece&, const uint8_t* packed)>& done) {
+  const size_t slab_bytes = kPanelRows * form.row_bytes();
+  std::vector<uint8_t> slabs(pool.threads() * slab_bytes);
   ForPieces(pool, form, [&](const Piece& piece) {
     uint8_t* const out = place(piece);
-    PackPanels(form, file, offset_bytes, piece.first, piece.last,
-               slabs.data() + piece.thread * kPanelRows * row_bytes, out);
+    PackPanels(form, rows, piece.first, piece.last, slabs.data() + piece.thread * slab_bytes, out);
     done(piece, out);
     if (form.rope_dim > 0) return;
-    const size_t first_row = piece.first * kPanelRows;
-    const size_t last_row = std::min(piece.last * kPanelRows, form.shape.rows);
-    file.Drop(offset_bytes + first_row * row_bytes, (last_row - first_row) * row_bytes);
+    rows.Drop(piece.first * kPanelRows, std::min(piece.last * kPanelRows, form.shape.rows));
   });
-  file.Drop(offset_bytes, form.shape.rows * row_bytes);  // pages that pieces share
+  rows.Drop(0, form.shape.rows);  // pages that pieces share
 }
 
 }  // namespace potluck

@@ -1,4 +1,4 @@
-// How one tensor becomes packed bytes: from rows in memory, or streamed from a file by the pool.
+// How one tensor becomes packed bytes: from rows in memory, or streamed by the pool.
 //
 // Knows what a packed tensor is (panels, or the f32 values of a vector; rotated rows in another
 // order), and neither which tensors there are nor where their packed bytes go.
@@ -11,7 +11,6 @@
 #include "engine/config.h"
 #include "engine/pool.h"
 #include "engine/types.h"
-#include "engine/weight_file.h"
 
 namespace potluck {
 
@@ -54,11 +53,21 @@ struct Piece {
 // disk reads on without seeking.
 void ForPieces(Pool& pool, const TensorForm& form, const std::function<void(const Piece&)>& work);
 
-// Packs a whole tensor, whose rows begin at offset_bytes of the file, piece by piece: `place` says
-// where a piece's packed bytes go, `done` gets them. The file's pages are dropped behind. Takes a
-// slab of 8 rows a thread. ModelError: as WeightFile and PackPanelOf.
-void PackFromFile(Pool& pool, const TensorForm& form, const WeightFile& file, uint64_t offset_bytes,
-                  const std::function<uint8_t*(const Piece&)>& place,
-                  const std::function<void(const Piece&, const uint8_t* packed)>& done);
+// The rows of one tensor as a file has them. Any thread may read at any time.
+class RowReader {
+ public:
+  virtual ~RowReader() = default;
+  // Rows [first, last), one behind the other. ModelError: they can't be read.
+  virtual void Read(size_t first, size_t last, uint8_t* out) const = 0;
+  // These will not be read again.
+  virtual void Drop(size_t first, size_t last) const = 0;
+};
+
+// Packs a whole tensor, piece by piece: `place` says where a piece's packed bytes go, `done` gets
+// them. Rows are dropped behind. Takes a slab of 8 rows a thread. ModelError: as RowReader and
+// PackPanelOf.
+void PackRows(Pool& pool, const TensorForm& form, const RowReader& rows,
+              const std::function<uint8_t*(const Piece&)>& place,
+              const std::function<void(const Piece&, const uint8_t* packed)>& done);
 
 }  // namespace potluck

@@ -251,10 +251,10 @@ Shard::~Shard() = default;
 std::vector<TensorShape> Shard::Matrices() const { return state_->loading.Matrices(); }
 
 void Shard::PutFile(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
-                    const std::string& path, uint64_t offset_bytes) {
+                    const Origin& origin, uint64_t offset_bytes) {
   const Lock lock(state_->mutex);
   if (state_->is_sealed) throw ModelError(name + ": put after seal");
-  state_->loading.PutFile(state_->pool, {name, type_name, rows, cols, offset_bytes}, path,
+  state_->loading.PutFile(state_->pool, {name, type_name, rows, cols, offset_bytes}, origin,
                           &state_->progress);
 }
 
@@ -265,10 +265,10 @@ void Shard::Put(const std::string& name, const std::string& type_name, size_t ro
   state_->loading.Put(state_->pool, name, type_name, rows, cols, first_row, data, size_bytes);
 }
 
-std::string Shard::WritePack(const std::string& pack, const std::string& path,
+std::string Shard::WritePack(const std::string& pack, const Origin& origin,
                              const std::vector<TensorSource>& sources) {
   const Lock lock(state_->mutex);
-  return state_->loading.WritePack(state_->pool, pack, path, sources, &state_->progress);
+  return state_->loading.WritePack(state_->pool, pack, origin, sources, &state_->progress);
 }
 
 uint64_t Shard::PackBytes(const std::vector<TensorSource>& sources) const {
@@ -276,7 +276,7 @@ uint64_t Shard::PackBytes(const std::vector<TensorSource>& sources) const {
   return state_->loading.PackBytes(sources);
 }
 
-std::string Shard::MapPack(const std::string& pack, const std::string& path,
+std::string Shard::MapPack(const std::string& pack, const Origin& origin,
                            const std::vector<TensorSource>& sources) {
   const Lock lock(state_->mutex);
   state_->paging.reset();  // it knows the packs of before
@@ -284,7 +284,7 @@ std::string Shard::MapPack(const std::string& pack, const std::string& path,
     if (state_->is_sealed) state_->Seal();
   };
   try {
-    std::string why = state_->loading.MapPack(pack, path, sources);
+    std::string why = state_->loading.MapPack(pack, origin, sources);
     seal_again();
     return why;
   } catch (...) {

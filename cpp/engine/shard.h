@@ -33,26 +33,26 @@ class Shard {
   // embeddings): it may be put in place of it, and a shard that embeds too holds it once.
   std::vector<TensorShape> Matrices() const;
 
-  // Reads one tensor from a file, slab by slab, into its packed place; the page cache is dropped
-  // behind. ModelError: not in the span, put twice, wrong shape, type not supported, file too
-  // short, a value that is not finite.
+  // Reads one tensor from a file (or makes it), slab by slab, into its packed place; the page cache
+  // is dropped behind. ModelError: not in the span, put twice, wrong shape, type not supported,
+  // file too short, a value that is not finite.
   void PutFile(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
-               const std::string& path, uint64_t offset_bytes);
+               const Origin& origin, uint64_t offset_bytes);
   // The same from memory: whole rows from first_row on (first_row and their number multiples of 8,
   // but for the last).
   void Put(const std::string& name, const std::string& type_name, size_t rows, size_t cols,
            size_t first_row, const uint8_t* data, size_t size_bytes);
-  // Writes a pack of these tensors of the file at `path` and takes no memory for them. Why the pack
-  // could not be written (a full disk, say); empty: it is there. ModelError: as PutFile.
-  std::string WritePack(const std::string& pack, const std::string& path,
+  // Writes a pack of these tensors of `origin` and takes no memory for them. Why the pack could not
+  // be written (a full disk, say); empty: it is there. ModelError: as PutFile.
+  std::string WritePack(const std::string& pack, const Origin& origin,
                         const std::vector<TensorSource>& sources);
   // What that takes on disk. ModelError: as PutFile, of what the sources say.
   uint64_t PackBytes(const std::vector<TensorSource>& sources) const;
-  // Takes tensors from a pack that WritePack made of the same file. Why it can't be used (there is
-  // none, or the system refuses), and then nothing has changed; empty: they are put. After Seal
+  // Takes tensors from a pack that WritePack made of the same origin. Why it can't be used (there
+  // is none, or the system refuses), and then nothing has changed; empty: they are put. After Seal
   // only in place of a pack of the same tensors. DamagedPack: it is not what would be written now.
   // ModelError: as PutFile.
-  std::string MapPack(const std::string& pack, const std::string& path,
+  std::string MapPack(const std::string& pack, const Origin& origin,
                       const std::vector<TensorSource>& sources);
   // Packs that a Forward found damaged.
   std::vector<std::string> DamagedPacks() const;

@@ -1,0 +1,80 @@
+#include "engine/weight_source.h"
+
+#include "engine/weight_file.h"
+
+namespace potluck {
+namespace {
+
+class FileReader : public RowReader {
+ public:
+  FileReader(const WeightFile& file, uint64_t offset_bytes, size_t row_bytes)
+      : file_(file), offset_bytes_(offset_bytes), row_bytes_(row_bytes) {}
+
+  void Read(size_t first, size_t last, uint8_t* out) const override {
+    file_.Read(offset_bytes_ + first * row_bytes_, (last - first) * row_bytes_, out);
+  }
+  void Drop(size_t first, size_t last) const override {
+    file_.Drop(offset_bytes_ + first * row_bytes_, (last - first) * row_bytes_);
+  }
+
+ private:
+  const WeightFile& file_;
+  uint64_t offset_bytes_;
+  size_t row_bytes_;
+};
+
+class FileSource : public WeightSource {
+ public:
+  explicit FileSource(const std::string& path) : file_(path) {}
+
+  PackSource identity() const override { return {file_.size_bytes(), file_.modified_ns()}; }
+  std::unique_ptr<RowReader> RowsOf(const TensorForm& form, uint64_t offset_bytes) const override {
+    file_.CheckHolds(form.shape.name, offset_bytes, form.shape.rows * form.row_bytes());
+    return std::make_unique<FileReader>(file_, offset_bytes, form.row_bytes());
+  }
+
+ private:
+  WeightFile file_;
+};
+
+class SyntheticReader : public RowReader {
+ public:
+  SyntheticReader(const Synthetic& model, const TensorForm& form)
+      : tensor_(model, form.shape.name, form.type->type, form.shape.cols),
+        row_bytes_(form.row_bytes()) {}
+
+  void Read(size_t first, size_t last, uint8_t* out) const override {
+    for (size_t row = first; row < last; ++row, out += row_bytes_) tensor_.Row(row, out);
+  }
+  void Drop(size_t /*first*/, size_t /*last*/) const override {}
+
+ private:
+  SyntheticTensor tensor_;
+  size_t row_bytes_;
+};
+
+class SyntheticSource : public WeightSource {
+ public:
+  explicit SyntheticSource(const Synthetic& model) : model_(model) {}
+
+  // No size and no time: what tells one model of random weights from another.
+  PackSource identity() const override { return {model_.seed, kSyntheticVersion}; }
+  std::unique_ptr<RowReader> RowsOf(const TensorForm& form,
+                                    uint64_t /*offset_bytes*/) const override {
+    return std::make_unique<SyntheticReader>(model_, form);
+  }
+
+ private:
+  Synthetic model_;
+};
+
+}  // namespace
+
+std::unique_ptr<WeightSource> Open(const Origin& origin) {
+  if (const auto* model = std::get_if<Synthetic>(&origin)) {
+    return std::make_unique<SyntheticSource>(*model);
+  }
+  return std::make_unique<FileSource>(std::get<std::string>(origin));
+}
+
+}  // namespace potluck
