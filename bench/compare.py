@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import potluck
-from potluck import catalogue
+from potluck import catalogue, gguf
 from potluck.cli import measuring, memory, quantities, timing
 from potluck.errors import PlanError, PotluckError
 from potluck.model import KvType
@@ -323,7 +323,7 @@ def main() -> int:
     for name in args.models:
         try:
             tests = list(dict.fromkeys(measuring.Test.named(test) for test in args.tests))
-            subject = timing.subject_of(catalogue.resolve(name), KvType(args.kv_type))
+            subject = timing.subject_of(gguf.read(catalogue.resolve(name)), KvType(args.kv_type))
             subject.check_context(tests)
             check_memory(subject, tests)
             for threads in args.threads:

@@ -63,7 +63,7 @@ async def report(address: str) -> ServiceReport:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """All figures, as --json prints them; seconds."""
-    model = catalogue.resolve(args.model)
+    model = catalogue.open_model(args.model).path
     clusters = [start(model, n, args.threads) for n in range(1, args.workers + 1)]
     try:
         seconds: list[list[float]] = [[] for _ in clusters]

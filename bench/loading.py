@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from potluck import engine, gguf, model
+from potluck import catalogue, engine, model
 from potluck.packs import MappedWeights, PackFolder
 from potluck.plan import Span
 
@@ -34,11 +34,11 @@ LATER_STEPS = 10
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 
 
-def run_one(path: Path, way: str, threads: int, packs: Path, resident_share: float) -> None:
+def run_one(path: str, way: str, threads: int, packs: Path, resident_share: float) -> None:
     """One way in this process; prints its figures as JSON."""
     if way == "arena, small pages":
         ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    file = gguf.read(path)
+    file = catalogue.open_model(path)
     config = model.config_of(file)
     span = Span(0, config.n_layers)
     tensors = model.span_tensors(file, config, span, embeds=True, has_head=True)
@@ -108,8 +108,8 @@ def measure(args: argparse.Namespace, packs: Path) -> dict[str, list[dict[str, f
             if way == "mmap, first":
                 shutil.rmtree(packs, ignore_errors=True)
             if args.warm:
-                _read(args.model)
-            command = [sys.executable, __file__, str(args.model), "--way", way]
+                _read(Path(args.model))
+            command = [sys.executable, __file__, args.model, "--way", way]
             command += ["--threads", str(args.threads), "--packs", str(packs)]
             command += ["--resident-share", str(args.resident_share)]
             out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -161,7 +161,7 @@ def report(figures: dict[str, list[dict[str, float]]], out: Path | None) -> None
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="a GGUF, such as bench/write_model.py writes")
+    parser.add_argument("model", help="a GGUF, such as bench/write_model.py writes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm", action="store_true", help="read the file first, each time")

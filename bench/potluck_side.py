@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from potluck import engine
+from potluck import engine, gguf
 from potluck.cli import measuring, timing
 from potluck.errors import PotluckError
 from potluck.model import KvType
@@ -41,7 +41,7 @@ def serve(args: argparse.Namespace) -> None:
     """Loads, then answers until the input ends."""
     tests = [measuring.Test.named(name) for name in args.tests]
     machine = engine.Engine(args.threads, args.isa)
-    subject = timing.subject_of(args.model, KvType(args.kv_type))
+    subject = timing.subject_of(gguf.read(args.model), KvType(args.kv_type))
     loaded = timing.Loaded(subject, machine, tests, lambda _: None)
     answer(isa=machine.isa)
     test = tests[0]

@@ -56,18 +56,13 @@ class ModelSizes:
 def sizes_of(
     file: GgufFile, config: ModelConfig, step_tokens: int, kv_type: KvType = KvType.F16
 ) -> ModelSizes:
-    """Sizes of a model in its file's types; `step_tokens` is the most rows of one step.
-
-    Scratch: a step's rows in f32, about six vectors of dim and two of ffn_dim each, and one row of
-    logits.
-    """
-    row_values = 6 * config.dim + 2 * config.ffn_dim
+    """Sizes of a model in its file's types; `step_tokens` is the most rows of one step."""
     return ModelSizes(
         layer_bytes=tuple(model.layer_bytes(file, config, i) for i in range(config.n_layers)),
         embedding_bytes=model.embedding_bytes(file, config),
         head_bytes=model.head_bytes(file, config),
         kv_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1), kv_type),
-        scratch_bytes=4 * (step_tokens * row_values + config.vocab),
+        scratch_bytes=model.scratch_bytes(config, step_tokens),
     )
 
 

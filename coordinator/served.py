@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from coordinator.config import DEFAULT_CONTEXT_TOKENS, ROWS_LIMIT
 from coordinator.planner import ModelSizes, sizes_of
 from coordinator.scheduler import rows_that_fit
-from potluck import catalogue, gguf, tokenizer
+from potluck import catalogue, tokenizer
 from potluck.errors import UsageError
 from potluck.model import KvType, ModelConfig, config_of
 from potluck.rpc import options
@@ -32,12 +32,11 @@ class ServedModel:
 
 
 def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) -> ServedModel:
-    """Opens a path or a catalogue name; `context_tokens` 0: the default, or the model's if shorter.
+    """Opens a MODEL; `context_tokens` 0: the default, or the model's if shorter.
 
     Raises UnknownModel, ModelError, UsageError (a context longer than the model's).
     """
-    path = catalogue.resolve(model)
-    file = gguf.read(path)
+    file = catalogue.open_model(model)
     config = config_of(file)
     if context_tokens > config.context_tokens:
         raise UsageError(
@@ -46,12 +45,16 @@ def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) ->
         )
     fit = rows_that_fit(config.dim, options.MESSAGE_BYTES - options.ENVELOPE_BYTES)
     step_tokens = min(ROWS_LIMIT, fit)
-    name = path.stem if model == str(path) or model.endswith(".gguf") else model
+    name, path = model, model
+    if file.synthetic is None:
+        path = str(file.path.resolve())
+        if model == str(file.path) or model.endswith(".gguf"):
+            name = file.path.stem
     return ServedModel(
         name=name,
         reference=types_pb2.ModelReference(
             name=name,
-            path=str(path.resolve()),
+            path=path,
             size_bytes=file.size_bytes,
             header_sha256=file.header_sha256,
         ),

@@ -4,7 +4,7 @@ A model is named by a path, which is taken as it is, or by a name of the catalog
 in the cache: $POTLUCK_CACHE, else $XDG_CACHE_HOME/potluck, else ~/.cache/potluck, under
 `models/NAME/`. A GGUF that a person puts there by hand has that name too. Only `pull` uses the
 network, and only the command line calls it. Several processes may pull, list and remove at the same
-time.
+time. A name `synthetic:...` stands for no file at all (potluck/synthetic.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck import gguf
+from potluck import gguf, synthetic
 from potluck.download import (
     CHUNK_BYTES,
     OnProgress,
@@ -33,6 +33,7 @@ from potluck.download import (
     need_room,
 )
 from potluck.errors import ModelError, UnknownModel, UsageError
+from potluck.gguf import GgufFile
 from potluck.package_index import configured, find_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -129,6 +130,16 @@ def resolve(model: str) -> Path:
     raise _unknown(model)
 
 
+def open_model(model: str) -> GgufFile:
+    """The header of `model`: of a file, by path or name, or of a synthetic model, without one.
+
+    The one door for everything that takes a MODEL. Raises UnknownModel, ModelError, UsageError.
+    """
+    if synthetic.is_synthetic(model):
+        return synthetic.open_synthetic(model)
+    return gguf.read(resolve(model))
+
+
 def cached() -> list[CachedModel]:
     """Models on this machine, by name. Folders without a whole model are left out."""
     folders = models_folder()
@@ -143,18 +154,29 @@ def cached() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete the files of `name` and their packs, and return the bytes freed. UnknownModel."""
+    """Delete the files of `name` and their packs, and return the bytes freed.
+
+    Of a synthetic model there may be packs. Raises UnknownModel, UsageError.
+    """
+    if synthetic.is_synthetic(name):
+        packs = packs_folder() / open_model(name).header_sha256
+        if packs.is_dir():
+            return _remove([packs])
     folder = models_folder() / check_name(name)
     if not folder.is_dir() or folder.is_symlink():
         raise UnknownModel(f"{name} is not on this machine", remedy="see `potluck list`")
     with _locked(name) as is_free:
         if not is_free:
             raise UsageError(f"{name} is being pulled by another process", remedy="stop that first")
-        folders = [*_packs_of(folder), folder]
-        files = [f for each in folders for f in each.rglob("*")]
-        freed = sum(f.stat().st_size for f in files if f.is_file() and not f.is_symlink())
-        for each in folders:
-            shutil.rmtree(each)
+        return _remove([*_packs_of(folder), folder])
+
+
+def _remove(folders: Sequence[Path]) -> int:
+    """Delete them, and return the bytes freed."""
+    files = [f for folder in folders for f in folder.rglob("*")]
+    freed = sum(f.stat().st_size for f in files if f.is_file() and not f.is_symlink())
+    for folder in folders:
+        shutil.rmtree(folder)
     return freed
 
 
@@ -188,6 +210,11 @@ def pull(name: str, on_progress: OnProgress = lambda _: None) -> Path:
 
 def check_name(name: str) -> str:
     """`name` if it can be a name in the cache: no path, nothing hidden. Raises UsageError."""
+    if synthetic.is_synthetic(name):
+        raise UsageError(
+            f"{_shown(name)} has no file: its weights are made where they are used",
+            remedy="use the name wherever a MODEL is asked for",
+        )
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{_shown(name)} is not a model name", remedy="see `potluck list` for names"

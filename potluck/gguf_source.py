@@ -1,7 +1,7 @@
 """A GGUF file as a source of tensors, to be written again in other types.
 
 Metadata is carried over as it is, in the file's order and with its exact types. Rows are read from
-the file as they are asked for; nothing is held.
+the file as they are asked for; nothing is held. Those of a synthetic model are made then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from potluck.engine import Synthetic, origin_of
 from potluck.errors import ModelError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.tensor_source import Metadata, ModelSource, Typed
@@ -58,6 +59,34 @@ class GgufTensor:
         return data
 
 
+@dataclass(frozen=True, slots=True)
+class MadeTensor:
+    """A TensorSource: one tensor of a synthetic model."""
+
+    maker: Synthetic
+    info: TensorInfo
+
+    @property
+    def name(self) -> str:
+        """As a file would have it."""
+        return self.info.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first."""
+        return self.info.shape
+
+    @property
+    def type_name(self) -> str:
+        """As a file would have it."""
+        return self.info.type_name
+
+    def read(self, first_row: int, n_rows: int) -> bytes:
+        """The same rows whenever they are asked for."""
+        info = self.info
+        return self.maker.rows(info.name, info.type_name, info.cols, first_row, n_rows)
+
+
 def gguf_source(file: GgufFile) -> ModelSource:
     """`file` as it is. Raises ModelError: one of several parts, or a type that can't be read."""
     if (n_parts := file.integer("split.count", 1)) > 1:
@@ -65,10 +94,15 @@ def gguf_source(file: GgufFile) -> ModelSource:
     for tensor in file.tensors.values():
         if tensor.type_name.startswith(_UNREADABLE):
             raise file.error(f"{tensor.name}: type {tensor.type_name} can't be converted")
+    metadata = [(key, _exact(file, key)) for key in file.metadata]
+    origin = origin_of(file)
+    if isinstance(origin, Synthetic):
+        made = [MadeTensor(origin, info) for info in file.tensors.values()]
+        return ModelSource(metadata, made, identity=f"{file.path} {file.header_sha256}")
     status = file.path.stat()
     whole = file.path.resolve()
     return ModelSource(
-        metadata=[(key, _exact(file, key)) for key in file.metadata],
+        metadata=metadata,
         tensors=[GgufTensor(file.path, info) for info in file.tensors.values()],
         identity=f"gguf {whole} {file.header_sha256} {status.st_size} {status.st_mtime_ns}",
         paths=(str(file.path),),

@@ -164,6 +164,16 @@ def kv_bytes_per_token(config: ModelConfig, span: Span, kv_type: KvType = KvType
     return 2 * span.n_layers * config.n_kv_heads * kv_type.head_bytes(config.head_dim)
 
 
+def scratch_bytes(config: ModelConfig, step_tokens: int) -> int:
+    """Buffers of a step of so many rows: about six vectors of dim and two of ffn_dim each, in f32,
+    and one row of logits.
+
+    LLaMA-7B, 512 rows: 95.5 MB.
+    """
+    row_values = 6 * config.dim + 2 * config.ffn_dim
+    return 4 * (step_tokens * row_values + config.vocab)
+
+
 def passing_bytes(units: Sequence[int]) -> int:
     """What must be in memory of mapped layers (and a head) of these sizes: one in use, one that is
     read ahead of its use.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from potluck import catalogue, engine, gguf, model, sampling
+from potluck import catalogue, engine, model, sampling, synthetic
 from potluck.errors import (
     Cancelled,
     DamagedPack,
@@ -40,6 +40,7 @@ from worker.sessions import RowsWork, StepWork
 
 log = logging.getLogger(__name__)
 
+_SAME_VERSION = "run the same version of potluck on both machines"
 _NAMED_SESSION = re.compile(r"\bsession (\d+)\b")
 
 
@@ -75,12 +76,12 @@ class StepOutput:
 def find(order: Order) -> tuple[GgufFile, ModelConfig]:
     """The model's file on this machine: at the coordinator's path, else in the cache by name.
 
-    Raises UnknownModel: neither is here; ModelError: a file is here, but not the one meant.
+    A synthetic model needs none. Raises ModelError: neither is here, or another one is.
     """
     other: ModelError | None = None
     for place in (order.model_path, order.model_name):
         try:
-            file = gguf.read(catalogue.resolve(place))
+            file = catalogue.open_model(place)
         except (UnknownModel, UsageError):
             continue
         if file.header_sha256 == order.header_sha256:
@@ -88,11 +89,15 @@ def find(order: Order) -> tuple[GgufFile, ModelConfig]:
         found, meant = file.header_sha256[:12], order.header_sha256[:12]
         other = ModelError(
             f"{file.path} is not the coordinator's model: header sha256 {found}..., not {meant}...",
-            remedy="bring the same file to both machines",
+            remedy="bring the same file to both machines"
+            if file.synthetic is None
+            else _SAME_VERSION,
         )
     if other is not None:
         raise other
     # Not UnknownModel: for the caller it is this worker that lacks something.
+    if synthetic.is_synthetic(order.model_name):
+        raise ModelError(f"this worker does not know {order.model_name}", remedy=_SAME_VERSION)
     raise ModelError(
         f"{order.model_name} is not on this worker's machine: neither {order.model_path} nor in"
         f" {catalogue.models_folder()}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from potluck.cli import fetching, measuring, memory, quantities, reporting, terminal, values
 from potluck.errors import PlanError, UsageError
+from potluck.gguf import GgufFile
 from potluck.model import KvType
 
 if TYPE_CHECKING:
@@ -49,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         test.add_argument(*names, type=kind, default=default, action=values.Several, help=text)
+    parser.add_argument(
+        "--layers",
+        type=_layer_count,
+        metavar="N",
+        help="measure only the first N layers and the head, or `fit`: as many as memory holds"
+        " (all; of synthetic models, as many as fit)",
+    )
     parser.add_argument("-r", "--repetitions", type=values.whole(1, 1000), default=5, help="(5)")
     parser.add_argument(
         "--kv-type",
@@ -69,33 +77,78 @@ def run(args: argparse.Namespace) -> int:
     tests = measuring.grid(args.n_prompt, args.n_gen, args.prompt_gen, args.n_depth, args.batch)
     if not tests:
         raise UsageError("-p 0 and -n 0 leave nothing to measure")
-    path = fetching.bring(args.model)
+    file = fetching.bring(args.model)
 
     from potluck import engine as engines
     from potluck.cli import timing
 
-    subject = timing.subject_of(path, KvType(args.kv_type))
-    subject.check_context(tests)
-    _check_memory(subject, tests)
+    subject = _subject(file, KvType(args.kv_type), tests, args.layers)
     makers = [engines.Engine(threads, args.isa) for threads in dict.fromkeys(args.threads)]
     results = _measured(subject, makers, tests, args.repetitions)
     reporting.write(args.output, subject, results, timing.cpu_name())
     return 0
 
 
-def _check_memory(subject: measuring.Subject, tests: Sequence[measuring.Test]) -> None:
-    """Before anything is loaded. Raises PlanError with the bytes."""
+FIT = 0  # of --layers
+
+
+def _layer_count(text: str) -> int:
+    return FIT if text == "fit" else values.whole(1, 2**12)(text)
+
+
+def _subject(
+    file: GgufFile, kv_type: KvType, tests: Sequence[measuring.Test], layers: int | None
+) -> measuring.Subject:
+    """What is measured: the layers that were asked for, or those that fit.
+
+    Raises UsageError (a context or layers that the model does not have) and, before anything is
+    loaded, PlanError with the bytes.
+    """
+    from potluck.cli import timing
+
+    subject = timing.subject_of(file, kv_type, layers or None)
+    subject.check_context(tests)
     free_bytes = memory.share_bytes(1)
-    kv_bytes = subject.kv_bytes(tests)
-    if free_bytes is None or subject.size_bytes + kv_bytes <= free_bytes:
-        return
+    if free_bytes is None or _needed_bytes(subject, tests) <= free_bytes:
+        return subject
+    most = _most_layers(subject, tests, free_bytes)
+    adapts = layers == FIT or (layers is None and file.synthetic is not None)
+    if most == 0 or not adapts:
+        raise _too_large(subject, tests, free_bytes, most)
+    terminal.note(f"{most} of {subject.whole.n_layers} layers fit into memory and are measured")
+    return timing.subject_of(file, kv_type, most)
+
+
+def _needed_bytes(subject: measuring.Subject, tests: Sequence[measuring.Test]) -> int:
+    return subject.size_bytes + subject.kv_bytes(tests) + subject.buffer_bytes(tests)
+
+
+def _most_layers(
+    subject: measuring.Subject, tests: Sequence[measuring.Test], free_bytes: int
+) -> int:
+    """How many of the first layers fit beside embedding and head; 0: none."""
+    from potluck.cli import timing
+
+    for n_layers in range(subject.config.n_layers - 1, 0, -1):
+        part = timing.subject_of(subject.file, subject.kv_type, n_layers)
+        if _needed_bytes(part, tests) <= free_bytes:
+            return n_layers
+    return 0
+
+
+def _too_large(
+    subject: measuring.Subject, tests: Sequence[measuring.Test], free_bytes: int, most: int
+) -> PlanError:
     sessions = measuring.rooms(tests)
     count = quantities.count(len(sessions), "session")
-    raise PlanError(
+    kv_bytes, weight_bytes = subject.kv_bytes(tests), subject.size_bytes
+    as_many = f", or take --layers {most}: as many as fit" if most else ""
+    return PlanError(
         f"the KV of {count} of up to {max(sessions):,} positions takes"
-        f" {quantities.memory(kv_bytes)} beside {quantities.memory(subject.size_bytes)} of weights;"
+        f" {quantities.memory(kv_bytes)} beside {quantities.memory(weight_bytes)} of weights and"
+        f" {quantities.memory(subject.buffer_bytes(tests))} of buffers;"
         f" {quantities.memory(free_bytes)} are free",
-        remedy="lower -d, -b, -p or -n",
+        remedy=f"lower -d, -b, -p or -n{as_many}",
     )
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from potluck import catalogue
+from potluck import catalogue, gguf
 from potluck.cli import quantities, terminal
 from potluck.download import Progress
 from potluck.errors import UnknownModel
+from potluck.gguf import GgufFile
 
 
-def bring(model: str) -> Path:
-    """The file of `model`, a path or a name; a name of the catalogue is pulled if need be.
+def bring(model: str) -> GgufFile:
+    """The header of `model`, a path or a name; a name of the catalogue is pulled if need be.
 
-    Raises what resolve and pull raise.
+    Raises what open_model and pull raise.
     """
     try:
-        return catalogue.resolve(model)
+        return catalogue.open_model(model)
     except UnknownModel:
         if model not in catalogue.names():
             raise
-    return pull(model)
+    return gguf.read(pull(model))
 
 
 def pull(name: str) -> Path:

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from potluck import catalogue
+from potluck import catalogue, synthetic
 from potluck.cli import quantities, terminal
 
 HELP = "List the models on this machine and those to pull"
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     )
     columns = ("name", "size", "where", "what")
     terminal.print_tables([terminal.Table(columns, tuple(cells), frozenset({"size"}))])
+    shapes = ", ".join(synthetic.SHAPES)
+    terminal.aside(f"Random weights in true shapes need no file: {synthetic.EXAMPLE} ({shapes})")
     return 0
 
 

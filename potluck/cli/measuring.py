@@ -14,8 +14,15 @@ from datetime import datetime
 from pathlib import Path
 
 from potluck.errors import UsageError
-from potluck.gguf import TensorInfo
-from potluck.model import EMBEDDING, KV_PAGE_TOKENS, KvType, ModelConfig, kv_bytes_per_token
+from potluck.gguf import GgufFile, TensorInfo
+from potluck.model import (
+    EMBEDDING,
+    KV_PAGE_TOKENS,
+    KvType,
+    ModelConfig,
+    kv_bytes_per_token,
+    scratch_bytes,
+)
 from potluck.plan import Span
 
 CHUNK_ROWS = 512  # rows of a prompt in one step; llama-bench's n_ubatch is the same by default
@@ -103,12 +110,18 @@ def rooms(tests: Iterable[Test]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The whole model that is measured: what its file says, and how its KV is kept."""
+    """What is measured of a model: all of it, or its first layers and the head."""
 
-    path: Path
-    config: ModelConfig
-    tensors: tuple[TensorInfo, ...]
+    file: GgufFile
+    config: ModelConfig  # with the layers that are measured
+    tensors: tuple[TensorInfo, ...]  # of these, embedding and head
+    whole: ModelConfig
     kv_type: KvType = KvType.F16
+
+    @property
+    def path(self) -> Path:
+        """Of the model's file; a synthetic model has its name there."""
+        return self.file.path
 
     @property
     def weight_bytes(self) -> int:
@@ -129,7 +142,7 @@ class Subject:
     @property
     def n_params(self) -> int:
         """Values of all tensors."""
-        return sum(t.rows * t.cols for t in self.tensors)
+        return _n_values(self.tensors)
 
     @property
     def weight_type(self) -> str:
@@ -142,10 +155,15 @@ class Subject:
 
     @property
     def type_name(self) -> str:
-        """Architecture, size and weight type: "llama 135M Q4_1"."""
-        n = self.n_params
+        """Architecture, size and weight type of the whole model, and how much of it is measured:
+        "llama 135M Q4_1", "llama 65.3B Q4_0, 20 of 80 layers".
+        """
+        n = _n_values(self.file.tensors.values())
         params = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.0f}M"
-        return f"{self.config.architecture} {params} {self.weight_type}"
+        name = f"{self.config.architecture} {params} {self.weight_type}"
+        if self.config.n_layers == self.whole.n_layers:
+            return name
+        return f"{name}, {self.config.n_layers} of {self.whole.n_layers} layers"
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -156,6 +174,11 @@ class Subject:
         """Of whole pages for the sessions of all tests."""
         pages = sum(-(-room // KV_PAGE_TOKENS) for room in rooms(tests))
         return pages * KV_PAGE_TOKENS * self.kv_bytes_per_token
+
+    def buffer_bytes(self, tests: Iterable[Test]) -> int:
+        """Of the largest step."""
+        rows = max(max(t.n_prompt, t.n_depth, t.n_sessions) for t in tests)
+        return scratch_bytes(self.config, min(CHUNK_ROWS, rows))
 
     def bytes_read(self, test: Test) -> int:
         """From memory by the steps of generation: weights once a step, each session's KV so far."""
@@ -198,6 +221,10 @@ class Measured:
     def gmac_per_second(self, subject: Subject) -> float:
         """10^9 multiplications a second in the layers' matrices."""
         return subject.layer_macs * self.test.n_tokens / statistics.mean(self.seconds) / 1e9
+
+
+def _n_values(tensors: Iterable[TensorInfo]) -> int:
+    return sum(t.rows * t.cols for t in tensors)
 
 
 def deviation(samples: Sequence[float]) -> float:

@@ -51,7 +51,10 @@ _FIELDS = (
     *("avg_ns", "stddev_ns", "avg_ts", "stddev_ts"),
 )
 _SAMPLES = ("samples_ns", "samples_ts")  # not in CSV, as there
-_OURS = ("n_sessions", "isa", "read_bandwidth", "gb_per_second", "gmac_per_second")
+_OURS = (
+    *("n_sessions", "isa", "read_bandwidth", "gb_per_second", "gmac_per_second"),
+    *("n_layers", "model_n_layers"),  # measured, and of the whole model
+)
 
 
 def fields_of(subject: Subject, m: Measured, cpu: str) -> dict[str, object]:
@@ -88,6 +91,8 @@ def fields_of(subject: Subject, m: Measured, cpu: str) -> dict[str, object]:
         "read_bandwidth": m.read_bandwidth,
         "gb_per_second": m.gb_per_second(subject),
         "gmac_per_second": m.gmac_per_second(subject),
+        "n_layers": subject.config.n_layers,
+        "model_n_layers": subject.whole.n_layers,
     }
     return {name: found[name] for name in (*_FIELDS, *_SAMPLES, *_OURS)}
 

@@ -14,6 +14,7 @@ from potluck.cli.cluster import ClusterSettings, LocalCluster
 from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
 from potluck.model import KvType
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
+from potluck.synthetic import is_synthetic
 
 HELP = "Serve a model, on this machine or with others"
 EXAMPLE = "The capital of France is"
@@ -78,23 +79,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is stopped. 0 after Ctrl-C or SIGTERM, 130 if it did not serve yet."""
-    path = fetching.bring(args.model)
+    file = fetching.bring(args.model)
     try:
-        return asyncio.run(_serve(settings_of(args, path), args.model, as_json=args.json))
+        return asyncio.run(_serve(settings_of(args, file.path), args.model, as_json=args.json))
     except asyncio.CancelledError:  # a second signal while it drained
         return 130
 
 
 def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
     """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
-    is_name = "/" not in args.model and not Path(args.model).exists()
+    is_file = "/" in args.model or Path(args.model).exists()
     names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
     names += ["queue", "kv_type", "chat_template", "log_level"]
     if args.local_workers:
         args.grpc_port = args.grpc_port or 0
         args.fleet_port = args.fleet_port or 0
     return ClusterSettings(
-        model=args.model if is_name else str(path.absolute()),
+        model=str(path.absolute()) if is_file and not is_synthetic(args.model) else args.model,
         local_workers=args.local_workers,
         workers=args.workers or args.local_workers or 1,
         coordinator_options=tuple(programs.options(args, *names)),
@@ -137,6 +138,8 @@ def _tell_ready(cluster: LocalCluster, name: str, *, as_json: bool) -> None:
         print(json.dumps(ready), flush=True)
         return
     terminal.note(f"serving {name} at {cluster.address}; Ctrl-C stops it")
+    if is_synthetic(name):
+        terminal.note("  its weights are random: answers show how fast it is, and say nothing")
     terminal.note(f"  potluck chat --connect {cluster.address}")
     terminal.note(f"  potluck generate --connect {cluster.address} {shlex.quote(EXAMPLE)}")
     terminal.aside(f"  (log: {cluster.log})")

@@ -1,4 +1,4 @@
-"""A whole model in one engine, and how long each test takes there. No network.
+"""A model in one engine, and how long each test takes there. No network.
 
 Not for two threads at once. Tests may follow each other in any order: sessions stay open, and
 positions that one test left behind serve the next one's depth.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from potluck import engine as engines
-from potluck import gguf
 from potluck.cli.measuring import CHUNK_ROWS, Subject, Test, rooms
+from potluck.errors import UsageError
+from potluck.gguf import GgufFile
 from potluck.model import KvType, config_of, span_tensors
 from potluck.plan import Span
 
@@ -27,12 +29,19 @@ if TYPE_CHECKING:
 SEED = 1
 
 
-def subject_of(path: Path, kv_type: KvType = KvType.F16) -> Subject:
-    """The model in a file. Raises ModelError."""
-    file = gguf.read(path)
-    config = config_of(file)
-    tensors = span_tensors(file, config, Span(0, config.n_layers), embeds=True, has_head=True)
-    return Subject(path, config, tuple(tensors), kv_type)
+def subject_of(
+    file: GgufFile, kv_type: KvType = KvType.F16, n_layers: int | None = None
+) -> Subject:
+    """A model, or its first n_layers and the head.
+
+    Raises ModelError, UsageError: it has not so many layers.
+    """
+    whole = config_of(file)
+    n_layers = whole.n_layers if n_layers is None else n_layers
+    if n_layers > whole.n_layers:
+        raise UsageError(f"--layers {n_layers}: {whole.name} has {whole.n_layers}")
+    tensors = span_tensors(file, whole, Span(0, n_layers), embeds=True, has_head=True)
+    return Subject(file, replace(whole, n_layers=n_layers), tuple(tensors), whole, kv_type)
 
 
 class Loaded:
@@ -59,7 +68,7 @@ class Loaded:
             kv_bytes=subject.kv_bytes(tests),
             kv_type=subject.kv_type.value,
         )
-        engines.load(self._shard, gguf.read(subject.path), subject.tensors, on_progress)
+        engines.load(self._shard, subject.file, subject.tensors, on_progress)
         needed = rooms(tests)
         for i, room in enumerate(needed):
             self._shard.open(i + 1, room)

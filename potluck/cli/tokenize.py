@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from potluck import catalogue, gguf
+from potluck import catalogue
 from potluck.errors import UsageError
 
 HELP = "Show the tokens of a text"
@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the ids. The text is plain: what spells a special token is cut like any other."""
     from potluck import tokenizer  # brings libraries that other commands do without
 
-    path = catalogue.resolve(args.model)
+    file = catalogue.open_model(args.model)
     text = _text(args.text)
-    ids = tokenizer.load(gguf.read(path)).encode(text, add_start=not args.no_bos)
+    ids = tokenizer.load(file).encode(text, add_start=not args.no_bos)
     print(json.dumps({"tokens": ids}) if args.json else " ".join(map(str, ids)))
     return 0
 

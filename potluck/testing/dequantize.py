@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from potluck.blocks import BY_NAME
 from potluck.gguf import GgufFile
+from potluck.testing.synthetic import tensor_bytes
 
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
@@ -22,8 +23,11 @@ U8 = NDArray[np.uint8]
 def tensor_values(file: GgufFile, name: str) -> F64:
     """One tensor in its shape. Raises KeyError: not in `file`; ValueError: type not known."""
     tensor = file.tensors[name]
-    with file.path.open("rb") as f:
-        data = os.pread(f.fileno(), tensor.size_bytes, tensor.offset_bytes)
+    if file.synthetic is not None:
+        data = tensor_bytes(file, name)
+    else:
+        with file.path.open("rb") as f:
+            data = os.pread(f.fileno(), tensor.size_bytes, tensor.offset_bytes)
     return dequantize(data, tensor.type_name).reshape(tensor.shape)
 
 

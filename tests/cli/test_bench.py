@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from potluck import testing
+from potluck import catalogue, gguf, testing
 from potluck.cli import command_line as cli
 from potluck.cli import measuring, memory, timing
 from potluck.errors import UsageError
@@ -63,7 +63,10 @@ LLAMA_BENCH = [
     "samples_ns",
     "samples_ts",
 ]
-OURS = ["n_sessions", "isa", "read_bandwidth", "gb_per_second", "gmac_per_second"]
+OURS = [
+    *("n_sessions", "isa", "read_bandwidth", "gb_per_second", "gmac_per_second"),
+    *("n_layers", "model_n_layers"),
+]
 # Its types; all else is text.
 NUMBERS = [
     "build_number",
@@ -166,7 +169,7 @@ def test_keys_and_values_in_bytes_are_measured_and_counted(
     (row,) = bench(model, *options, capsys=capsys)
     assert (row["type_k"], row["type_v"]) == ("q8", "q8")
     kv = 10 * 2 * 2 * 2 * (16 + 4)
-    subject = timing.subject_of(model, KvType.Q8)
+    subject = timing.subject_of(gguf.read(model), KvType.Q8)
     assert subject.bytes_read(measuring.Test.named("tg4")) == 4 * subject.weight_bytes + kv
 
 
@@ -223,6 +226,8 @@ def test_people_get_a_table(output: str, model: Path, capsys: pytest.CaptureFixt
         (["-pg", "512"], "two numbers such as 512,128, not '512'"),
         (["-o", "xml"], "invalid choice: 'xml'"),
         (["--kv-type", "q4"], "--kv-type: invalid choice: 'q4'"),
+        (["--layers", "0"], "--layers: 1 to 4096, not 0"),
+        (["--layers", "most"], "--layers: a whole number, not 'most'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
@@ -250,6 +255,76 @@ def test_kv_that_does_not_fit_is_refused_with_its_bytes(
     assert "the KV of 64 sessions of up to 128 positions takes 2.0 MiB" in said.err
     assert "1.0 MiB are free" in said.err
     assert said.out == ""
+
+
+def test_the_first_layers_and_the_head_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = testing.write_tiny(tmp_path / "deep.gguf", testing.TinyShape(n_layers=6))
+    (whole,) = bench(path, "-p", "4", "-n", "0", "-r", "1", capsys=capsys)
+    (part,) = bench(path, "-p", "4", "-n", "0", "-r", "1", "--layers", "2", capsys=capsys)
+    assert (whole["n_layers"], whole["model_n_layers"]) == (6, 6)
+    assert (part["n_layers"], part["model_n_layers"]) == (2, 6)
+    assert part["model_type"] == whole["model_type"] + ", 2 of 6 layers"
+    file = gguf.read(path)
+    gone = [t for t in file.tensors.values() if t.name.startswith(("blk.2", "blk.3", "blk.4"))]
+    gone += [t for t in file.tensors.values() if t.name.startswith("blk.5")]
+    assert whole["model_size"] - part["model_size"] == sum(t.size_bytes for t in gone)
+
+
+def test_more_layers_than_there_are_is_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", str(model), "-p", "4", "-n", "0", "--layers", "3"]) == 2
+    assert "--layers 3: tiny q4_0 1 has 2" in capsys.readouterr().err
+
+
+def free_for(model: str, n_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that so many layers of a model and the test pp4 just fit into."""
+    part = timing.subject_of(catalogue.open_model(model), n_layers=n_layers)
+    tests = [measuring.Test.named("pp4")]
+    needed = part.size_bytes + part.kv_bytes(tests) + part.buffer_bytes(tests)
+    monkeypatch.setattr(memory, "share_bytes", lambda n_workers: needed)
+
+
+def test_as_many_layers_of_a_synthetic_model_as_fit_are_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "synthetic:tiny-q4_k_m"
+    free_for(name, 3, monkeypatch)
+    line = ["bench", name, "-t", "1", "-p", "4", "-n", "0", "-r", "1", "--json"]
+    assert cli.main(line) == 0
+    said = capsys.readouterr()
+    assert "3 of 4 layers fit into memory and are measured\n" in said.err
+    (row,) = json.loads(said.out)
+    assert (row["n_layers"], row["model_n_layers"]) == (3, 4)
+    assert row["model_type"].startswith("llama ")
+    assert row["model_type"].endswith(" Q4_K, 3 of 4 layers")
+    assert row["model_filename"] == name
+    assert cli.main([*line, "--layers", "4"]) == 1
+    assert "or take --layers 3: as many as fit" in capsys.readouterr().err
+
+
+def test_files_are_measured_in_part_only_if_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = testing.write_tiny(tmp_path / "deep.gguf", testing.TinyShape(n_layers=6))
+    free_for(str(path), 5, monkeypatch)
+    line = ["bench", str(path), "-t", "1", "-p", "4", "-n", "0", "-r", "1", "--json"]
+    assert cli.main(line) == 1
+    assert "or take --layers 5: as many as fit" in capsys.readouterr().err
+    assert cli.main([*line, "--layers", "fit"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["n_layers"] == 5
+
+
+def test_not_one_layer_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "share_bytes", lambda n_workers: 10_000)
+    assert cli.main(["bench", "synthetic:tiny-q4_0", "-p", "4", "-n", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "9.8 KiB are free" in said
+    assert "--layers" not in said
 
 
 def test_a_name_of_a_test_says_all_of_it() -> None:
