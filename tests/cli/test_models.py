@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
+from coordinator.config import ROWS_LIMIT
+from coordinator.planner import plan_for, sizes_of
+from coordinator.scheduler import rows_that_fit
 from potluck import catalogue, cli, gguf, tokenizer
+from potluck.cli.worker_memory import shares
 from potluck.download import OnProgress, Progress
 from potluck.errors import Unreachable
-from potluck.model import config_of, kv_bytes_per_token
-from potluck.plan import Span
+from potluck.model import KvType, config_of, kv_bytes_per_token
+from potluck.plan import Span, WorkerId, WorkerInfo
+from potluck.rpc import options
 from potluck.testing import TinyShape, tiny_metadata, write_gguf, write_tiny
 
 
@@ -80,6 +85,82 @@ def test_show_tells_what_serving_would_take(tiny: Path, capsys: pytest.CaptureFi
         "421 tokens",
     ):
         assert words in said
+
+
+def test_show_tells_what_equal_workers_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("show", "synthetic:65b-q4_0")
+    assert cli.main(list(line)) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "file           none: random weights, in a file 36.8 GB",
+        "layers         80 of 434.3 MiB",
+        "2.5 MiB a token",
+        "Memory of equal workers, one session of 2,048 tokens, KV f16",
+    ):
+        assert words in said
+    held = document(capsys, *line, "--context", "1000", "--kv-type", "q8")["memory"]
+    assert (held["context_tokens"], held["kv_type"]) == (1000, "q8")
+    assert list(held["workers"]) == ["1", "2", "3", "4", "8"]
+    for n, each in held["workers"].items():
+        assert len(each) == int(n)
+        assert sum(share["n_layers"] for share in each) == 80
+        kv = sum(share["kv_bytes"] for share in each)
+        assert kv == 1008 * 2 * 80 * 64 * 132  # whole pages of 16
+
+
+@pytest.mark.parametrize("model", ["synthetic:65b-q4_0", "synthetic:8b-q4_k_m", "tied"])
+@pytest.mark.parametrize("n_workers", [1, 2, 3, 4, 8])
+def test_shares_of_equal_workers_are_those_of_the_planner(
+    model: str, n_workers: int, tmp_path: Path
+) -> None:
+    if model == "tied":
+        write_tiny(tmp_path / "t.gguf", TinyShape(n_layers=9, tied=True))
+        model = str(tmp_path / "t.gguf")
+    file = catalogue.open_model(model)
+    config = config_of(file)
+    held = shares(file, config, n_workers, 200, KvType.Q8)
+    fit = rows_that_fit(config.dim, options.MESSAGE_BYTES - options.ENVELOPE_BYTES)
+    sizes = sizes_of(file, config, min(ROWS_LIMIT, fit), KvType.Q8)
+    workers = [
+        WorkerInfo(WorkerId(f"w{i}"), f"127.0.0.1:{i + 1}", "scalar", 1, 2**40, 2**40, 1e10)
+        for i in range(n_workers)
+    ]
+    plan = plan_for(sizes, workers, 200, 1)
+    assert [s.n_layers for s in held] == [stage.span.n_layers for stage in plan.stages]
+    assert [s.memory_bytes for s in held] == [stage.memory_bytes for stage in plan.stages]
+    assert [s.kv_bytes for s in held] == [stage.kv_bytes for stage in plan.stages]
+
+
+@pytest.mark.parametrize(
+    ("options_", "says"),
+    [
+        (["--workers", "5"], "--workers 5: each needs one of 4 layers"),
+        (["--context", "4096"], "--context 4096: the model's is 2048"),
+        (["--context", "0"], "1 or more, not 0"),
+    ],
+)
+def test_show_refuses_what_the_model_has_not(
+    options_: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["show", "synthetic:tiny-q4_0", *options_]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_show_of_some_workers_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "synthetic:tiny-q4_0", "--workers", "3"]) == 0
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert rows[0].split() == ["worker", "layers", "weights", "KV", "memory"]
+    assert [row.split()[:2] for row in rows[1:]] == [["1", "2"], ["2", "1"], ["3", "1"]]
+
+
+def test_synthetic_models_are_listed_and_not_pulled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    assert "need no file: synthetic:65b-q4_0 (tiny, 1b, 7b," in capsys.readouterr().err
+    for command in ("pull", "rm"):
+        assert cli.main([command, "synthetic:7b-q4_0"]) == 2
+        said = capsys.readouterr()
+        assert "'synthetic:7b-q4_0' has no file" in said.err
+        assert len(said.err.splitlines()) == 2
 
 
 def test_show_says_why_a_model_cannot_be_served(
