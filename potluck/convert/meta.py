@@ -180,8 +180,10 @@ def _metadata(
 
 
 def _tokenizers(folder: Path) -> list[Path]:
+    """What vocabulary_pairs may have read."""
     places = (folder, folder.resolve().parent)
-    return [p / "tokenizer.model" for p in places if (p / "tokenizer.model").exists()]
+    names = ("tokenizer.model", "tokenizer.json")
+    return [path for p in places for name in names if (path := p / name).exists()]
 
 
 def _name(folder: Path) -> str:
