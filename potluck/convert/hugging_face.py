@@ -21,10 +21,13 @@ from potluck.convert.tensor_views import Interleaved, Renamed, f32_vector
 from potluck.convert.vocabulary import vocabulary_pairs
 from potluck.cursor import shown
 from potluck.errors import ModelError
-from potluck.tensor_source import ModelSource, TensorSource
+from potluck.tensor_source import Metadata, ModelSource, TensorSource
 
 # Buffers that older files carry and that follow from the configuration.
 _HARMLESS = re.compile(r"(?:^|\.)(?:rotary_emb\.\w+|position_ids|masked_bias)$")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+
+Pairs = list[tuple[str, Metadata]]
 
 
 def open_hugging_face(
@@ -41,19 +44,16 @@ def open_hugging_face(
     if adapter:
         tensors = _with_adapter(config, tensors, adapter)
     n_rows = _n_tokens(tensors, adapter.weights if adapter else weights)
-    vocabulary_folder = _vocabulary_folder(folder, lora)
+    vocabulary, notes = _vocabulary(folder, lora, n_rows)
     if config.rope.factors:
         tensors.insert(1, f32_vector("rope_freqs.weight", config.rope.factors))
     parts = [weights, adapter.weights] if adapter else [weights]
     return ModelSource(
-        metadata=[
-            *metadata_of(config, name or _name(folder), n_rows),
-            *vocabulary_pairs(vocabulary_folder, n_rows),
-        ],
+        metadata=[*metadata_of(config, name or _name(folder), n_rows), *vocabulary],
         tensors=tensors,
         identity="\n".join(part.identity for part in parts),
         paths=tuple(str(path) for part in parts for path in part.inputs()),
-        notes=_notes(config),
+        notes=(*notes, *_notes(config)),
     )
 
 
@@ -166,10 +166,19 @@ def _n_tokens(tensors: Sequence[TensorSource], owner: StoredWeights) -> int:
     return rows[EMBEDDING]
 
 
-def _vocabulary_folder(folder: Path, lora: Path | None) -> Path:
-    """Adapters bring a vocabulary of their own if their training added tokens or a template."""
-    brings = lora and any((lora / n).exists() for n in ("tokenizer.json", "tokenizer.model"))
-    return lora if lora and brings else folder
+def _vocabulary(folder: Path, lora: Path | None, n_rows: int) -> tuple[Pairs, list[str]]:
+    """The adapter's own, if it brings one that fits, else the model's; and what to say of it.
+
+    Trainers save a vocabulary beside the adapter: with tokens and a chat template that were added,
+    or, often in Alpaca's time, with a padding token that no embedding has a row for.
+    """
+    if lora is None or not any((lora / name).exists() for name in _VOCABULARY_FILES):
+        return vocabulary_pairs(folder, n_rows), []
+    try:
+        return vocabulary_pairs(lora, n_rows), [f"vocabulary and template are {shown(str(lora))}'s"]
+    except ModelError as e:
+        unfit = f"the adapter's vocabulary does not fit, the model's is taken ({e.message})"
+        return vocabulary_pairs(folder, n_rows), [unfit]
 
 
 def _name(folder: Path) -> str:

@@ -206,6 +206,22 @@ def test_added_tokens_come_with_their_rows_and_their_vocabulary(
     assert str(lora / "added_tokens.json") in source.paths
 
 
+def test_a_vocabulary_that_does_not_fit_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    """Alpaca's time: the tokenizer got [PAD], the embedding no row for it."""
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE))
+    assert open_hugging_face(folder, lora=lora).notes == ()
+    write_sentence_pieces(lora / "tokenizer.model", 421)
+    (lora / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 'mine' }}"}))
+    source = open_hugging_face(folder, lora=lora)
+    assert dict(source.metadata)["tokenizer.chat_template"] == "{{ 'mine' }}"
+    assert source.notes == (f"vocabulary and template are {lora}'s",)
+    (lora / "added_tokens.json").write_text(json.dumps({"[PAD]": 421}))
+    source = open_hugging_face(folder, lora=lora)
+    assert source.metadata == open_hugging_face(folder).metadata
+    assert "the model's is taken" in source.notes[0]
+    assert "422 tokens" in source.notes[0]
+
+
 def test_rows_that_only_one_end_has_are_refused(folder: Path, tmp_path: Path) -> None:
     rows = {EMBEDDING: np.ones((423, 64), np.float32)}
     lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE) | rows)
