@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from potluck.convert.hugging_face_names import has_rotary_rows
+from potluck.convert.hugging_face_names import EMBEDDING, HEAD, has_rotary_rows
 from potluck.convert.hugging_face_weights import FLOAT_TYPES
 from potluck.convert.lora_adapter import Adapter, LowRank, open_adapter
 from potluck.convert.tensor_views import F32, Interleaved, Renamed, f32_rows
 from potluck.cursor import shown
-from potluck.tensor_source import ModelSource, TensorSource
+from potluck.tensor_source import ModelSource, TensorSource, Typed
 
 # Values of the sum that are worked on at once, so that they stay in the second-level cache.
 _TILE_VALUES = 2**16
 
 # What an adapter may bring with another number of rows: tokens that its training added.
-_MAY_GROW = ("token_embd.weight", "output.weight")
+_MAY_GROW = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +61,21 @@ class Merged:
 
 
 def with_lora(source: ModelSource, lora: Path) -> ModelSource:
-    """A model of GGUF's architecture `llama`, as Meta's files are, with an adapter merged into it.
+    """A model under GGUF's names, as of Meta's files or of a GGUF, with an adapter merged into it.
 
-    Raises ModelError: it does not fit, or brings rows of the embedding for tokens of its own.
+    Raises ModelError: it does not fit, the model is quantized, or the adapter brings rows of the
+    embedding for tokens of its own, whose texts the model does not know.
     """
     adapter = open_adapter(lora)
-    names = {t.name: t for t in source.tensors}
-    if "output.weight" not in names and "token_embd.weight" in adapter.tensor_names:
+    shapes = {t.name: t.shape for t in source.tensors}
+    if HEAD not in shapes and EMBEDDING in adapter.tensor_names:
         raise adapter.weights.error("changes the embedding, which in this model is the head, too")
-    n_heads = next(v for key, v in source.metadata if key.endswith(".attention.head_count"))
-    assert isinstance(n_heads, int)
-    head_dim = names["blk.0.attn_q.weight"].shape[0] // n_heads
-    tensors = merged(source.tensors, adapter, interleaved_head_dim=head_dim)
+    tensors = merged(source.tensors, adapter, interleaved_head_dim=_head_dim(source, adapter))
     for tensor in tensors:
-        if tensor.shape != names[tensor.name].shape:
-            added = f"{tensor.shape[0]:,} rows of {tensor.name}, the model has"
+        if tensor.shape != shapes[tensor.name]:
+            found = f"{tensor.shape[0]:,} rows of {tensor.name}, the model has"
             raise adapter.weights.error(
-                f"{added} {names[tensor.name].shape[0]:,}",
+                f"{found} {shapes[tensor.name][0]:,}",
                 remedy="convert the Hugging Face folder of the same model",
             )
     return replace(
@@ -86,6 +84,21 @@ def with_lora(source: ModelSource, lora: Path) -> ModelSource:
         identity=f"{source.identity}\n{adapter.weights.identity}",
         paths=(*source.paths, *map(str, adapter.weights.inputs())),
     )
+
+
+def _head_dim(source: ModelSource, adapter: Adapter) -> int:
+    """Of a model whose rotary pairs lie side by side; 0 of one that keeps Hugging Face's order."""
+    pairs = {k: v.value if isinstance(v, Typed) else v for k, v in source.metadata}
+    architecture = pairs.get("general.architecture")
+    if architecture in ("qwen2", "qwen3"):
+        return 0
+    n_heads = pairs.get("llama.attention.head_count")
+    if architecture != "llama" or not isinstance(n_heads, int) or n_heads < 1:
+        raise adapter.weights.error("can't be merged: the model's heads are not known")
+    rows = next((t.shape[0] for t in source.tensors if t.name == "blk.0.attn_q.weight"), 0)
+    if rows % (2 * n_heads):
+        raise adapter.weights.error(f"can't be merged: {n_heads} heads of {rows} rows")
+    return rows // n_heads
 
 
 def merged(

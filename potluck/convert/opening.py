@@ -12,6 +12,7 @@ from pathlib import Path
 
 from potluck import gguf
 from potluck.convert.hugging_face import open_hugging_face
+from potluck.convert.lora import with_lora
 from potluck.convert.meta import open_meta
 from potluck.cursor import shown
 from potluck.errors import ModelError, UnknownModel
@@ -53,8 +54,8 @@ def _opened(
         raise UnknownModel(found, remedy=f"give {UNDERSTOOD}")
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not path.name.endswith(_OF_A_FOLDER):
-        _refuse_lora(lora, "a GGUF file")
-        return gguf_source(gguf.read(path))
+        source = gguf_source(gguf.read(path))
+        return with_lora(source, lora) if lora else source
     if _is_hugging_face(folder) and path.suffix != ".pth":
         source = open_hugging_face(folder, lora=lora, name=name)
         if _is_meta(folder):
@@ -62,8 +63,8 @@ def _opened(
             return replace(source, notes=(*source.notes, ignored))
         return source
     if _is_meta(folder):
-        _refuse_lora(lora, "Meta's files")
-        return open_meta(folder, context_tokens=context_tokens, name=name)
+        source = open_meta(folder, context_tokens=context_tokens, name=name)
+        return with_lora(source, lora) if lora else source
     raise ModelError(f"{shown(str(path))}: {_reason(folder)}", remedy=f"give {UNDERSTOOD}")
 
 
@@ -79,19 +80,13 @@ def _is_hugging_face(folder: Path) -> bool:
 
 def _reason(folder: Path) -> str:
     """Why a folder is no model; one line."""
+    if (folder / "adapter_config.json").exists():
+        return "a LoRA adapter, no model of its own; convert its base model with --lora"
     if any(folder.glob("*.safetensors")):
         return "safetensors without config.json, which says what they are"
     if any(folder.glob("*.gguf")):
         return "a folder with GGUF files; name one of them"
     return "no model that potluck understands"
-
-
-def _refuse_lora(lora: Path | None, kind: str) -> None:
-    if lora is not None:
-        raise ModelError(
-            f"--lora can't be merged into {kind}",
-            remedy="adapters fit the Hugging Face folder of the model that they were trained on",
-        )
 
 
 def _changed(

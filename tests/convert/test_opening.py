@@ -11,11 +11,22 @@ import pytest
 
 from potluck import gguf
 from potluck.convert import open_source
+from potluck.convert.tensor_views import f32_rows
 from potluck.errors import ModelError
 from potluck.model import config_of
 from potluck.model_writer import write_model
-from potluck.tensor_source import ModelSource
-from potluck.testing import Oracle, TinyShape, write_hugging_face, write_meta, write_tiny
+from potluck.tensor_source import ModelSource, rows_and_cols
+from potluck.testing import (
+    Oracle,
+    TinyShape,
+    tiny_metadata,
+    tiny_tensors,
+    write_gguf,
+    write_hugging_face,
+    write_meta,
+    write_tiny,
+)
+from potluck.testing.adapters import adapter_tensors, write_adapter
 from potluck.type_mix import choice_of
 
 if TYPE_CHECKING:
@@ -100,7 +111,40 @@ def test_what_is_not_understood_is_said_with_what_is(tmp_path: Path, name: str) 
     assert "GGUF" in caught.value.remedy
 
 
-def test_an_adapter_is_refused_for_metas_files(tmp_path: Path) -> None:
-    folder = write_meta(tmp_path / "m", SHAPE)
-    with pytest.raises(ModelError, match="can't be merged into Meta's files"):
-        open_source(folder, lora=tmp_path)
+def test_an_adapter_is_merged_into_whatever_holds_the_model(tmp_path: Path) -> None:
+    """The same weights as Meta's files, Hugging Face's and GGUF, and one adapter: the same sums."""
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE))
+    written(open_source(write_meta(tmp_path / "m", SHAPE)), tmp_path / "x.gguf")
+    write_hugging_face(tmp_path / "h", SHAPE)
+
+    def values(name: str, lora: Path | None) -> dict[str, bytes]:
+        tensors = open_source(tmp_path / name, lora=lora).tensors
+        return {t.name: f32_rows(t, 0, rows_and_cols(t.shape)[0]).tobytes() for t in tensors}
+
+    found = values("m", lora)
+    assert found == values("h", lora) == values("x.gguf", lora)
+    plain = values("m", None)
+    assert sum(plain[name] != found[name] for name in plain) == 4 * SHAPE.n_layers
+
+
+def test_an_adapter_is_not_added_to_blocks(tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE))
+    path = write_tiny(tmp_path / "x.gguf", replace(SHAPE, weight_type="q4_0"))
+    with pytest.raises(ModelError, match=r"attn_q\.weight is q4_0: nothing can be added to blocks"):
+        open_source(path, lora=lora)
+
+
+def test_an_adapter_needs_to_know_the_models_heads(tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE))
+    metadata = [pair for pair in tiny_metadata(SHAPE) if "head_count" not in pair[0]]
+    path = write_gguf(tmp_path / "x.gguf", metadata, tiny_tensors(SHAPE))
+    with pytest.raises(ModelError, match="the model's heads are not known"):
+        open_source(path, lora=lora)
+
+
+def test_an_adapter_alone_is_called_that(tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", adapter_tensors(SHAPE))
+    with pytest.raises(ModelError, match="a LoRA adapter, no model of its own"):
+        open_source(lora)
+    with pytest.raises(ModelError, match="a LoRA adapter, no model of its own"):
+        open_source(lora / "adapter_model.safetensors")
