@@ -52,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     choice = choice_of(args.type)
     source = open_source(args.source, lora=args.lora, context_tokens=args.context, name=args.name)
     summary = writing.write(source, args.out, choice, threads=args.threads or 0, force=args.force)
-    writing.print_summary(summary, source.notes, as_json=args.json)
+    writing.print_summary(summary, source, as_json=args.json)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from potluck.cli import quantities, terminal
@@ -41,8 +40,9 @@ def write(
         raise
 
 
-def print_summary(summary: Summary, notes: Sequence[str], *, as_json: bool) -> None:
+def print_summary(summary: Summary, source: ModelSource, *, as_json: bool) -> None:
     """What was written, on stdout; for people with the next command to type."""
+    has_chat_template = any(key == "tokenizer.chat_template" for key, _ in source.metadata)
     if as_json:
         found = {
             "path": str(summary.path),
@@ -51,7 +51,8 @@ def print_summary(summary: Summary, notes: Sequence[str], *, as_json: bool) -> N
             "types": summary.types,
             "resumed_bytes": summary.resumed_bytes,
             "seconds": round(summary.seconds, 3),
-            "notes": list(notes),
+            "has_chat_template": has_chat_template,
+            "notes": list(source.notes),
         }
         print(json.dumps(found))
         return
@@ -61,6 +62,8 @@ def print_summary(summary: Summary, notes: Sequence[str], *, as_json: bool) -> N
     print(f"file   {summary.path} ({quantities.size(summary.size_bytes)})")
     print(f"types  {types}, in {quantities.count(summary.n_tensors, 'tensor')}")
     print(f"time   {quantities.duration(summary.seconds)} ({rate}/s)")
+    if not has_chat_template:
+        print("chat   no template in it; if it was tuned for chats, serve it with --chat-template")
     print(f"next   potluck serve {shlex.quote(str(summary.path))}")
 
 

@@ -57,6 +57,7 @@ def test_a_checkpoint_becomes_a_model_and_the_next_command_is_said(
     assert re.search(r"will take 3\d\d\.\d kB as f16; the disk has \d.* free", said.err)
     assert re.search(r"^file   .*my model\.gguf \(3\d\d\.\d kB\)$", said.out, re.M)
     assert re.search(r"^types  f16 .* kB, f32 .* kB, in 21 tensors$", said.out, re.M)
+    assert "chat   no template in it" in said.out
     assert f"next   potluck serve '{out}'" in said.out
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
 
@@ -71,6 +72,7 @@ def test_json_is_one_object_and_options_reach_the_file(
     assert found["path"] == str(out)
     assert found["size_bytes"] == out.stat().st_size
     assert (found["n_tensors"], found["notes"], list(found["types"])) == (21, [], ["f32"])
+    assert found["has_chat_template"] is False
     file = gguf.read(out)
     assert (config_of(file).context_tokens, file.text("general.name")) == (333, "Bread")
 
