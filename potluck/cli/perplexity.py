@@ -117,17 +117,17 @@ def _score_here(args: argparse.Namespace) -> Scored:
     with ExitStack() as stack:
         base = stack.enter_context(BaseFile(args.kl_base)) if args.kl_base is not None else None
         text = None if args.file is None else text_file.read(args.file)
-        path = fetching.bring(args.model)
+        file = fetching.bring(args.model)
 
-        from potluck import gguf, tokenizer
+        from potluck import tokenizer
         from potluck.cli import predictions, timing
 
         kv_type = KvType(args.kv_type or KvType.F16)
-        subject = timing.subject_of(path, kv_type)
-        words = tokenizer.load(gguf.read(path))
+        subject = timing.subject_of(file, kv_type)
+        words = tokenizer.load(file)
         ids = None if text is None else words.encode(text, add_start=True)
         windows = _windows(ids, args, base, subject.config.vocab)
-        scored = Scored(path.name, kv_type.value, windows.shape[1], len(windows))
+        scored = Scored(file.path.name, kv_type.value, windows.shape[1], len(windows))
         predictions.check(subject, scored.window_tokens)
         writer = None
         if args.save_base is not None:

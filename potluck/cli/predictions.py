@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from potluck import engine as engines
-from potluck import gguf
 from potluck.cli import memory, quantities
 from potluck.cli.measuring import CHUNK_ROWS, Subject
 from potluck.errors import PlanError, UsageError
@@ -71,7 +70,7 @@ class Predictions:
             kv_bytes=_kv_bytes(subject, window_tokens),
             kv_type=subject.kv_type.value,
         )
-        engines.load(self._shard, gguf.read(subject.path), subject.tensors, on_progress)
+        engines.load(self._shard, subject.file, subject.tensors, on_progress)
         self._shard.open(_SESSION, window_tokens)
         most_logits = max(1, LOGITS_BYTES // (4 * config.vocab))
         self._steps = rows_to_read(window_tokens, CHUNK_ROWS, most_logits)
