@@ -142,13 +142,14 @@ def _too_large(
     sessions = measuring.rooms(tests)
     count = quantities.count(len(sessions), "session")
     kv_bytes, weight_bytes = subject.kv_bytes(tests), subject.size_bytes
-    as_many = f", or take --layers {most}: as many as fit" if most else ""
+    remedies = ["lower -d, -b, -p or -n"] if weight_bytes < free_bytes else []
+    remedies += [f"take --layers {most}: as many as fit"] if most else []
     return PlanError(
         f"the KV of {count} of up to {max(sessions):,} positions takes"
         f" {quantities.memory(kv_bytes)} beside {quantities.memory(weight_bytes)} of weights and"
         f" {quantities.memory(subject.buffer_bytes(tests))} of buffers;"
         f" {quantities.memory(free_bytes)} are free",
-        remedy=f"lower -d, -b, -p or -n{as_many}",
+        remedy=", or ".join(remedies),
     )
 
 

@@ -302,7 +302,7 @@ def test_as_many_layers_of_a_synthetic_model_as_fit_are_measured(
     assert row["model_type"].endswith(" Q4_K, 3 of 4 layers")
     assert row["model_filename"] == name
     assert cli.main([*line, "--layers", "4"]) == 1
-    assert "or take --layers 3: as many as fit" in capsys.readouterr().err
+    assert "take --layers 3: as many as fit" in capsys.readouterr().err
 
 
 def test_files_are_measured_in_part_only_if_that_is_asked_for(
@@ -312,7 +312,7 @@ def test_files_are_measured_in_part_only_if_that_is_asked_for(
     free_for(str(path), 5, monkeypatch)
     line = ["bench", str(path), "-t", "1", "-p", "4", "-n", "0", "-r", "1", "--json"]
     assert cli.main(line) == 1
-    assert "or take --layers 5: as many as fit" in capsys.readouterr().err
+    assert "take --layers 5: as many as fit" in capsys.readouterr().err
     assert cli.main([*line, "--layers", "fit"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["n_layers"] == 5
 
