@@ -63,6 +63,9 @@ def config_of(json: JsonObject) -> HuggingFaceConfig:
     # What the first conversions called it.
     older = json.whole("max_sequence_length", 1, 2**24, 2048)
     context_tokens = json.whole("max_position_embeddings", 1, 2**24, older)
+    rope = rope_scaling(json, head_dim, context_tokens)
+    if rope.factors and architecture != "llama":
+        raise json.error(f"rope scaling llama3 is not supported for {architecture}")
     return HuggingFaceConfig(
         architecture=architecture,
         dim=dim,
@@ -76,7 +79,7 @@ def config_of(json: JsonObject) -> HuggingFaceConfig:
         context_tokens=context_tokens,
         window_tokens=_window_tokens(json),
         norm_eps=json.number("rms_norm_eps", 1e-12, 0.1),
-        rope=rope_scaling(json, head_dim, context_tokens),
+        rope=rope,
         is_tied=bool(json.flag("tie_word_embeddings")),
         has_biases=bool(json.flag("attention_bias")),
     )

@@ -33,6 +33,20 @@ _LAYER = {
     "ffn_up.weight": ("feed_forward.w3.weight", "rows", "mlp.up_proj.weight"),
     "ffn_down.weight": ("feed_forward.w2.weight", "columns", "mlp.down_proj.weight"),
 }
+# What Qwen2 (and some LLaMAs) and Qwen3 have besides; Meta publishes no such models.
+_EXTRA = {
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_output.bias": "self_attn.o_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _ENDS = {
     "token_embd.weight": ("tok_embeddings.weight", "columns", "model.embed_tokens.weight"),
     "output_norm.weight": ("norm.weight", "whole", "model.norm.weight"),
@@ -141,10 +155,10 @@ def write_hugging_face(
 def hugging_face_config(
     shape: TinyShape, changes: Mapping[str, object] | None = None
 ) -> dict[str, object]:
-    """config.json of LlamaForCausalLM."""
+    """config.json of LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM."""
     config: dict[str, object] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[shape.architecture]],
+        "model_type": shape.architecture,
         "hidden_act": "silu",
         "hidden_size": shape.dim,
         "intermediate_size": shape.ffn_dim,
@@ -161,8 +175,10 @@ def hugging_face_config(
         "torch_dtype": {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[shape.weight_type],
         "vocab_size": shape.vocab,
     }
-    if shape.head_dim * shape.n_heads != shape.dim:
+    if shape.head_dim * shape.n_heads != shape.dim or shape.architecture == "qwen3":
         config["head_dim"] = shape.head_dim
+    if shape.biases:
+        config["attention_bias"] = True
     for key, value in (changes or {}).items():
         config[key] = value
         if value is None:
@@ -171,22 +187,26 @@ def hugging_face_config(
 
 
 def hugging_face_tensors(shape: TinyShape) -> dict[str, F32]:
-    """Weights by Hugging Face's names, rows of q and k in its order."""
+    """Weights by Hugging Face's names, rows of q and k in its order.
+
+    GGUF has that order, too, but for LLaMA.
+    """
     tensors = {}
+    turned = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
     for name, values in tiny_values(shape).items():
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
+        if shape.architecture == "llama" and name.endswith(turned):
             values = halves(values, shape.head_dim)
         tensors[_hugging_face_name(name)] = values
     return tensors
 
 
 def halves(values: F32, head_dim: int) -> F32:
-    """Rows of q or k, [heads * head_dim, cols], with the first of each rotary pair in front.
+    """Rows of q or k, [heads * head_dim, ...], with the first of each rotary pair in front.
 
     Row 2i + j of a head goes to j * head_dim / 2 + i: Hugging Face turns values i and
     i + head_dim / 2 together, Meta and GGUF values 2i and 2i + 1.
     """
-    by_pair = values.reshape(-1, head_dim // 2, 2, values.shape[1])
+    by_pair = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(by_pair.swapaxes(1, 2).reshape(values.shape))
 
 
@@ -225,7 +245,7 @@ def _hugging_face_name(name: str) -> str:
     if name in _ENDS:
         return _ENDS[name][2]
     _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER[rest][2]}"
+    return f"model.layers.{layer}.{_EXTRA[rest] if rest in _EXTRA else _LAYER[rest][2]}"
 
 
 def _cut(values: F32, cut: str, shard: int, n_shards: int) -> F32:

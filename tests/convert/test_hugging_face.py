@@ -272,47 +272,59 @@ def test_mistral_says_that_its_window_is_smaller(folder: Path) -> None:
     assert open_hugging_face(folder).notes == ()
 
 
-# Qwen
+# Other architectures, and what stretches positions
+
+LLAMA3 = (("rope_type", "llama3"), ("factor", 8.0), ("original_max_position_embeddings", 64))
+SCALINGS: dict[str, tuple[tuple[str, object], ...]] = {
+    "none": (),
+    "linear": (("type", "linear"), ("factor", 4.0)),
+    "yarn": (("type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 16)),
+    "llama3": LLAMA3,
+}
+OTHERS = {
+    "llama with biases": replace(SHAPE, biases=True),
+    "qwen2": replace(SHAPE, architecture="qwen2"),
+    "qwen2 tied": replace(SHAPE, architecture="qwen2", tied=True),
+    "qwen3": replace(SHAPE, architecture="qwen3", head_dim=24),
+}
 
 
-def qwen(version: int, tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """What Qwen has besides LLaMA's tensors."""
-    dice = np.random.default_rng(version)
+@pytest.mark.parametrize("shape", OTHERS.values(), ids=OTHERS)
+def test_other_architectures_are_those_of_the_same_model_in_gguf(
+    tmp_path: Path, logits: Logits, shape: TinyShape
+) -> None:
+    folder = write_hugging_face(tmp_path / "m", shape)
+    found = data_of(open_hugging_face(folder))
+    assert found == {t.name: t.data for t in tiny_tensors(shape)}
+    file = converted(folder, tmp_path / "x.gguf")
+    tiny = gguf.read(write_tiny(tmp_path / "tiny.gguf", shape))
+    assert np.array_equal(logits(file, TOKENS), logits(tiny, TOKENS))
 
-    def vector(size: int) -> Stored:
-        return stored(dice.normal(size=size).astype(np.float32))
 
-    q_dim, kv_dim = SHAPE.n_heads * SHAPE.head_dim, SHAPE.n_kv_heads * SHAPE.head_dim
-    for i in range(SHAPE.n_layers):
-        at = f"model.layers.{i}.self_attn"
-        if version == 2:
-            for name, size in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
-                tensors[f"{at}.{name}_proj.bias"] = vector(size)
-        else:
-            tensors[f"{at}.q_norm.weight"] = vector(SHAPE.head_dim)
-            tensors[f"{at}.k_norm.weight"] = vector(SHAPE.head_dim)
-    return tensors
+@pytest.mark.parametrize("shape", [SHAPE, *OTHERS.values()], ids=["llama", *OTHERS])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_logits_are_those_of_the_oracle(
+    tmp_path: Path, logits: Logits, shape: TinyShape, scaling: str
+) -> None:
+    """What positions do to LLaMA's heads and to Qwen's, with every scaling that is known."""
+    config = {"rope_scaling": dict(SCALINGS[scaling]) or None}
+    folder = write_hugging_face(tmp_path / "m", shape, config=config)
+    if scaling == "llama3" and shape.architecture != "llama":  # GGUF's Qwen has no such tensor
+        assert "rope scaling llama3 is not supported for qwen" in refusal(folder)
+        return
+    file = converted(folder, tmp_path / "x.gguf")
+    expected = Oracle(file, config_of(file)).logits(TOKENS)
+    found = logits(file, TOKENS)
+    assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
+    plain = gguf.read(write_tiny(tmp_path / "tiny.gguf", shape))
+    assert np.array_equal(found, logits(plain, TOKENS)) == (scaling == "none")
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_qwens_rows_stay_in_their_order(folder: Path, version: int) -> None:
-    tensors = qwen(version, stored_tensors())
-    changed_config(folder, architectures=[f"Qwen{version}ForCausalLM"], sliding_window=32)
-    source = open_hugging_face(with_tensors(folder, tensors))
-    found = data_of(source)
-    assert len(found) == len(tensors)
-    for ours, theirs in {
-        "attn_q.weight": "self_attn.q_proj.weight",
-        "attn_k.weight": "self_attn.k_proj.weight",
-        "attn_v.weight": "self_attn.v_proj.weight",
-        "attn_q.bias": "self_attn.q_proj.bias",
-        "attn_k.bias": "self_attn.k_proj.bias",
-        "attn_v.bias": "self_attn.v_proj.bias",
-        "attn_q_norm.weight": "self_attn.q_norm.weight",
-        "attn_k_norm.weight": "self_attn.k_norm.weight",
-    }.items():
-        expected = tensors.get(f"model.layers.1.{theirs}")
-        assert found.get(f"blk.1.{ours}") == (expected and expected.data)
+def test_qwens_metadata_and_window(tmp_path: Path, version: int) -> None:
+    shape = replace(SHAPE, architecture=f"qwen{version}")
+    folder = write_hugging_face(tmp_path / "m", shape, config={"sliding_window": 32})
+    source = open_hugging_face(folder)
     pairs = metadata_of(source)
     assert pairs["general.architecture"] == f"qwen{version}"
     assert pairs[f"qwen{version}.embedding_length"] == 64
@@ -322,21 +334,14 @@ def test_qwens_rows_stay_in_their_order(folder: Path, version: int) -> None:
     assert "look back 32 tokens" in noted.notes[0]
 
 
-def test_qwen_without_its_biases_is_refused(folder: Path) -> None:
-    changed_config(folder, architectures=["Qwen2ForCausalLM"])
-    assert "missing blk.0.attn_q.bias" in refusal(folder)
-
-
-def test_biases_of_llama_are_put_in_order_too(folder: Path) -> None:
-    tensors = qwen(2, stored_tensors())
-    for i in range(SHAPE.n_layers):
-        tensors[f"model.layers.{i}.self_attn.o_proj.bias"] = stored(np.ones(64, np.float32))
-    assert "q_proj.bias" in refusal(with_tensors(folder, tensors))
-    found = data_of(open_hugging_face(changed_config(folder, attention_bias=True)))
-    raw = np.frombuffer(tensors["model.layers.0.self_attn.k_proj.bias"].data, np.float32)
-    pairs = np.frombuffer(found["blk.0.attn_k.bias"], np.float32)
-    assert pairs.tolist() == raw.reshape(2, 2, 8).swapaxes(1, 2).ravel().tolist()
-    assert found["blk.0.attn_v.bias"] == tensors["model.layers.0.self_attn.v_proj.bias"].data
+def test_biases_that_do_not_belong_or_are_missing_are_refused(tmp_path: Path) -> None:
+    qwen2 = write_hugging_face(tmp_path / "q", OTHERS["qwen2"])
+    changed_config(qwen2, architectures=["LlamaForCausalLM"])
+    assert "q_proj.bias is no part of a llama model" in refusal(qwen2)
+    llama = changed_config(write_hugging_face(tmp_path / "l", SHAPE), attention_bias=True)
+    assert "missing blk.0.attn_q.bias" in refusal(llama)
+    changed_config(llama, architectures=["Qwen3ForCausalLM"])
+    assert "attention_bias true is not supported for qwen3" in refusal(llama)
 
 
 def test_the_whole_way_to_a_file_in_f16(folder: Path, tmp_path: Path) -> None:
