@@ -1,7 +1,8 @@
 """Which kind of model a path is, and its source.
 
-Understood are Meta's folders, Hugging Face's folders and GGUF files; a file of a folder stands for
-the folder. What is taken where a folder holds two kinds is said in the source's notes.
+Understood are Meta's folders, Hugging Face's folders, GGUF files and synthetic models, which are no
+path at all; a file of a folder stands for the folder. What is taken where a folder holds two kinds
+is said in the source's notes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from potluck.convert.meta import open_meta
 from potluck.cursor import shown
 from potluck.errors import ModelError, UnknownModel
 from potluck.gguf_source import gguf_source
+from potluck.synthetic import is_synthetic, open_synthetic
 from potluck.tensor_source import Metadata, ModelSource
 
 UNDERSTOOD = (
@@ -49,6 +51,9 @@ def open_source(
 def _opened(
     path: Path, lora: Path | None, context_tokens: int | None, name: str | None
 ) -> ModelSource:
+    if is_synthetic(str(path)):
+        source = gguf_source(open_synthetic(str(path)))
+        return with_lora(source, lora) if lora else source
     if not path.exists():
         found = f"{shown(str(path))}: no such file or folder"
         raise UnknownModel(found, remedy=f"give {UNDERSTOOD}")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from potluck import catalogue, engine, gguf, synthetic
+from potluck.convert import open_source
 from potluck.errors import ModelError, UsageError
 from potluck.gguf import GgufFile
-from potluck.gguf_source import gguf_source
 from potluck.model import WEIGHT_TYPES, config_of, span_tensors
 from potluck.model_writer import write_model
 from potluck.packs import MappedWeights, PackFolder
@@ -120,7 +120,7 @@ def test_packs_of_synthetic_weights_hold_their_bits(tmp_path: Path, runner: Any)
 def test_a_synthetic_model_can_be_written_as_a_file(tmp_path: Path) -> None:
     made = catalogue.open_model("synthetic:tiny-q8_0")
     path = tmp_path / "tiny.gguf"
-    write_model(gguf_source(made), path, choice_of("q8_0"))
+    write_model(open_source(Path("synthetic:tiny-q8_0")), path, choice_of("q8_0"))
     written = gguf.read(path)
     assert written.tensors == made.tensors
     for name in written.tensors:
