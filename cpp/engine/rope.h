@@ -8,11 +8,11 @@
 
 namespace potluck {
 
-// Pair i of a head is turned by position * f rad, i < dim / 2. Without scaling f = theta^(-2i /
-// dim) (arXiv:2104.09864, section 3.2.2). Divisors and factor divide it; of YaRN's frequencies
-// (arXiv:2309.00071, section 3.2) the fast ones are kept from the factor, those between fast and
-// slow partly, and cosine and sine are multiplied by 1 + 0.1 ln(factor), its equation 15, and by
-// the magnitude. llama.cpp does the same in f32. Immutable; any thread may call.
+// Pair i of a head is turned by position * f rad, i < dim / 2. Without scaling f is
+// theta^(-2i / dim) (arXiv:2104.09864, section 3.2.2). Divisors and factor divide it. YaRN
+// (arXiv:2309.00071) keeps fast pairs from the factor, those between fast and slow partly, and
+// multiplies cosine and sine by 1 + 0.1 ln(factor); the magnitude multiplies them, too. llama.cpp
+// does the same in f32. Immutable; any thread may call.
 class Rope {
  public:
   Rope() = default;

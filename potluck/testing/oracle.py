@@ -144,7 +144,7 @@ def rotate(x: F64, positions: I64, config: ModelConfig) -> F64:
 def frequencies(config: ModelConfig) -> F64:
     """Radians a position of each pair, [rope_dim / 2]: rope_theta**(-2i / rope_dim), stretched.
 
-    YaRN as its paper has it (arXiv:2309.00071, section 3.2): by r, the turns of a pair within the
+    YaRN as its paper has it (arXiv:2309.00071): by r, the turns of a pair within the
     first context, a pair is stretched by the factor (r small), kept (r large), or a mix of both;
     the mix is linear in the pair's number, between whole pairs, as everybody computes it.
     """
