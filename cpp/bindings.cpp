@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/bench.h"
+#include "engine/convert.h"
 #include "engine/cpu.h"
 #include "engine/crc32c.h"
 #include "engine/errors.h"
@@ -140,6 +141,24 @@ void MatMulOf(Engine& engine, const std::string& type_name, size_t rows, size_t 
     MultiplyFileRows(engine.pool, engine.kernels, info.type, rows, cols, w.bytes(), values, batch,
                      result);
   });
+}
+
+std::optional<std::pair<size_t, float>> ConvertOf(Engine& engine, const std::string& from_type,
+                                                  const std::string& to_type,
+                                                  const py::buffer& data, const py::buffer& out) {
+  const TypeInfo& from = KnownType(from_type);
+  const TypeInfo& to = KnownType(to_type);
+  const HeldBuffer in(data, "data");
+  const HeldBuffer target(out, "out");
+  if (in.n_bytes() % from.block_bytes != 0)
+    throw UsageError("data: " + std::to_string(in.n_bytes()) + " bytes are no whole blocks of " +
+                     from.name);
+  const size_t n = in.n_bytes() / from.block_bytes * from.block_values;
+  auto* result = target.WritableValuesOf<uint8_t>("uint8", {RowBytes(to.type, n)});
+  const auto flaw =
+      WithoutGil([&] { return Convert(engine.pool, from.type, to.type, n, in.bytes(), result); });
+  if (!flaw) return std::nullopt;
+  return std::pair(flaw->index, flaw->value);
 }
 
 size_t TokensIn(const std::vector<RowSpan>& rows) {
@@ -442,6 +461,8 @@ PYBIND11_MODULE(_engine, m) {
   BindEngine(m);
   BindSynthetic(m);
   BindShard(m);
+  m.def("convert", ConvertOf, py::arg("engine"), py::arg("from_type"), py::arg("to_type"),
+        py::arg("data"), py::arg("out"));
   m.def("matmul", MatMulOf, py::arg("engine"), py::arg("type_name"), py::arg("rows"),
         py::arg("cols"), py::arg("weights"), py::arg("x"), py::arg("out"));
   m.def(

@@ -263,6 +263,16 @@ def benchmark_matmul(
     The weights come from memory, not from cache.
     """
 
+def convert(
+    engine: Engine, from_type: str, to_type: str, data: _Buffer, out: _Buffer
+) -> tuple[int, float] | None:
+    """Weights of a file into another type: whole blocks to uint8 [bytes of as many values].
+
+    The same bytes on every machine and for any number of threads. None, or the index and value of
+    the first that can't be written: it is not finite, or beyond the range of f16 (bf16 if to_type
+    is that); `out` is then of no use. UsageError: unknown type, no whole blocks of both types.
+    """
+
 def matmul(
     engine: Engine, type_name: str, rows: int, cols: int, weights: _Buffer, x: _Buffer, out: _Buffer
 ) -> None:

@@ -9,6 +9,7 @@ tensor with NaN or infinity is refused by name.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from collections import Counter
@@ -16,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from potluck import __version__
+from potluck import __version__, engine
 from potluck.blocks import BY_NAME
 from potluck.errors import ModelError
 from potluck.gguf import TensorInfo
 from potluck.gguf_header import Layout, TensorHeading, laid_out
+from potluck.model import WEIGHT_TYPES
 from potluck.part_file import PartFile
 from potluck.tensor_source import Metadata, ModelSource, TensorSource, Typed
 from potluck.type_mix import Candidate, TypeChoice, types_of
@@ -126,7 +127,7 @@ def write_model(
         part.begin()
         if part.done_bytes < len(layout.header):
             part.append(layout.header[part.done_bytes :])
-        _write_tensors(works, part, layout.size_bytes, on_progress)
+        _write_tensors(works, part, layout.size_bytes, engine.Engine(threads), on_progress)
         part.finish()
     types: Counter[str] = Counter()
     for tensor in layout.tensors:
@@ -220,6 +221,7 @@ def _write_tensors(
     works: Sequence[_Work],
     part: PartFile,
     total_bytes: int,
+    eng: engine.Engine,
     on_progress: Callable[[Progress], None],
 ) -> None:
     """From where `part` ends; the next slab is read while one is converted and written."""
@@ -227,11 +229,11 @@ def _write_tensors(
     with ThreadPoolExecutor(1, "read") as reader:
         following = _read(reader, next(slabs, None))
         while following is not None:
-            work, _, pending = following
+            work, first_row, pending = following
             data = pending.result()
             following = _read(reader, next(slabs, None))
             try:
-                converted = _converted(work, data)
+                converted = _converted(work, first_row, data, eng)
             except ModelError:
                 part.abandon()
                 raise
@@ -262,15 +264,31 @@ def _read(reader: ThreadPoolExecutor, slab: _Slab | None) -> _Reading | None:
     return work, first_row, reader.submit(work.source.read, first_row, n_rows)
 
 
-def _converted(work: _Work, data: bytes | memoryview) -> bytes | memoryview:
-    """Rows in the target's type."""
-    old, new = work.source.type_name, work.target.type_name
-    kinds: dict[str, np.dtype[np.floating[Any]]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}
-    if old == new:
+def _converted(
+    work: _Work, first_row: int, data: bytes | memoryview, eng: engine.Engine
+) -> bytes | memoryview:
+    """Rows in the target's type. Raises ModelError: a value that can't be written, by name."""
+    old, new, cols = work.source.type_name, work.target.type_name, work.target.cols
+    n_rows, rest = divmod(memoryview(data).nbytes, _row_bytes(old, cols))
+    if rest or not n_rows:
+        raise ModelError(f"{work.target.name}: rows of {old} that are not whole")
+    if old not in WEIGHT_TYPES:
         return data
-    if old not in kinds or new not in kinds:
-        raise ModelError(f"{work.target.name}: {old} can't become {new} yet")
-    return np.frombuffer(data, kinds[old]).astype(kinds[new]).tobytes()
+    out = np.empty(n_rows * _row_bytes(new, cols), np.uint8)
+    flaw = engine.convert(eng, old, new, data, out)
+    if flaw is not None:
+        index, value = flaw
+        where = f"{work.target.name}, row {first_row + index // cols}, column {index % cols}"
+        raise ModelError(_refusal(value, new, where), remedy="is the file damaged?")
+    return memoryview(out)  # type: ignore[arg-type]  # numpy's stubs hide the buffer before 3.12
+
+
+def _refusal(value: float, type_name: str, where: str) -> str:
+    if math.isnan(value):
+        return f"NaN in {where}"
+    if math.isinf(value):
+        return f"infinity in {where}"
+    return f"{value:g} in {where}: beyond the range of {type_name}"
 
 
 def _row_bytes(type_name: str, cols: int) -> int:

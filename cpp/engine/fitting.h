@@ -1,0 +1,178 @@
+// Steps and offsets for values that are to become small whole codes: a search with little squared
+// error, and the same result everywhere (plain f32 operations in a fixed order, no libm).
+#pragma once
+
+#include <cstddef>
+
+#include "engine/lanes.h"
+#include "engine/types.h"
+
+namespace potluck {
+
+// Values x that share a step come as kN vectors of four; codes are whole numbers in [least, most].
+// Candidates are compared by the closed form of their error, so that each costs one pass.
+struct CodeRange {
+  float least;
+  float most;
+};
+
+inline float Half(float x) { return HalfToFloat(FloatToHalf(x)); }
+
+// The nearest codes, never NaN.
+inline F4 CodesOf(F4 x, F4 inverse, CodeRange range) {
+  return Rounded(Most(Least(x * inverse, AllOf(range.most)), AllOf(range.least)));
+}
+
+// Sums over values x and their codes q.
+struct CodeSums {
+  float xq;
+  float qq;
+};
+template <size_t kN>
+CodeSums SumCodes(const F4* x, float inverse, CodeRange range) {
+  F4 xq{}, qq{};
+  const F4 all = AllOf(inverse);
+  for (size_t i = 0; i < kN; ++i) {
+    const F4 q = CodesOf(x[i], all, range);
+    xq += x[i] * q;
+    qq += q * q;
+  }
+  return {SumOf(xq), SumOf(qq)};
+}
+
+// Sum of (x - step * q)^2 with the nearest codes.
+template <size_t kN>
+float StepError(const F4* x, float step, CodeRange range) {
+  F4 sum{};
+  const F4 inverse = AllOf(step != 0.0f ? 1.0f / step : 0.0f), all = AllOf(step);
+  for (size_t i = 0; i < kN; ++i) {
+    const F4 rest = x[i] - all * CodesOf(x[i], inverse, range);
+    sum += rest * rest;
+  }
+  return SumOf(sum);
+}
+
+// The value of largest magnitude, with its sign.
+template <size_t kN>
+float ExtremeOf(const F4* x) {
+  F4 least = x[0], most = x[0];
+  for (size_t i = 1; i < kN; ++i) {
+    least = Least(least, x[i]);
+    most = Most(most, x[i]);
+  }
+  const float low = LeastOf(least), high = MostOf(most);
+  return -low > high ? low : high;
+}
+
+// How many steps the extreme value is from zero (or a line's highest from its lowest).
+struct Candidates {
+  float first;
+  float by;
+  size_t n;
+};
+
+// The step, of the sign that gives the extreme value the code of larger magnitude.
+template <size_t kN>
+float FitStep(const F4* x, float extreme, CodeRange range, Candidates candidates) {
+  float best = -1.0f, step = 0.0f;
+  for (size_t i = 0; i < candidates.n; ++i) {
+    const float steps = candidates.first + candidates.by * static_cast<float>(i);
+    const CodeSums sums = SumCodes<kN>(x, -steps / extreme, range);
+    if (sums.qq <= 0.0f) continue;
+    const float gain = sums.xq * sums.xq / sums.qq;
+    if (gain > best) {
+      best = gain;
+      step = sums.xq / sums.qq;
+    }
+  }
+  return step;
+}
+
+// A step and an offset: x is nearly step * q + offset, with codes in [0, most].
+struct Line {
+  float step;
+  float offset;
+};
+
+inline F4 LineCodesOf(F4 x, F4 inverse, F4 offset, F4 most) {
+  return Rounded(Most(Least((x - offset) * inverse, most), F4{}));
+}
+
+struct LineSums {
+  float q;
+  float qq;
+  float xq;
+};
+template <size_t kN>
+LineSums SumLineCodes(const F4* x, float inverse, float offset, float most) {
+  F4 sum_q{}, sum_qq{}, sum_xq{};
+  const F4 scale = AllOf(inverse), shift = AllOf(offset), top = AllOf(most);
+  for (size_t i = 0; i < kN; ++i) {
+    const F4 q = LineCodesOf(x[i], scale, shift, top);
+    sum_q += q;
+    sum_qq += q * q;
+    sum_xq += x[i] * q;
+  }
+  return {SumOf(sum_q), SumOf(sum_qq), SumOf(sum_xq)};
+}
+
+// Sum of (x - step * q - offset)^2 with the nearest codes.
+template <size_t kN>
+float LineError(const F4* x, Line line, float most) {
+  F4 sum{};
+  const F4 inverse = AllOf(line.step != 0.0f ? 1.0f / line.step : 0.0f);
+  const F4 step = AllOf(line.step), offset = AllOf(line.offset), top = AllOf(most);
+  for (size_t i = 0; i < kN; ++i) {
+    const F4 rest = x[i] - (step * LineCodesOf(x[i], inverse, offset, top) + offset);
+    sum += rest * rest;
+  }
+  return SumOf(sum);
+}
+
+// The line of least squares through codes; never_above_zero: of its offset.
+template <size_t kN>
+Line LeastSquares(const LineSums& sums, float sum_x, bool never_above_zero) {
+  constexpr float kCount = 4.0f * kN;
+  const float determinant = kCount * sums.qq - sums.q * sums.q;
+  if (determinant <= 0.0f) return {0.0f, sum_x / kCount};
+  const Line line = {(kCount * sums.xq - sum_x * sums.q) / determinant,
+                     (sums.qq * sum_x - sums.q * sums.xq) / determinant};
+  if (never_above_zero && line.offset > 0.0f) return {sums.xq / sums.qq, 0.0f};
+  return line;
+}
+
+// The best of several candidates, by how much of the squares it takes away.
+template <size_t kN>
+Line FitLine(const F4* x, float most, Candidates candidates, size_t repeats,
+             bool never_above_zero) {
+  F4 least4 = x[0], most4 = x[0], sum4 = x[0];
+  for (size_t i = 1; i < kN; ++i) {
+    least4 = Least(least4, x[i]);
+    most4 = Most(most4, x[i]);
+    sum4 += x[i];
+  }
+  float low = LeastOf(least4);
+  const float high = MostOf(most4), sum_x = SumOf(sum4);
+  if (never_above_zero && low > 0.0f) low = 0.0f;
+  if (high <= low) return {0.0f, low};
+  Line best = {(high - low) / most, low};
+  float best_gain = -1.0f;
+  const auto consider = [&](float inverse, float offset) {
+    const LineSums sums = SumLineCodes<kN>(x, inverse, offset, most);
+    const Line line = LeastSquares<kN>(sums, sum_x, never_above_zero);
+    const float gain = line.step * sums.xq + line.offset * sum_x;
+    if (line.step <= 0.0f || gain <= best_gain) return false;
+    best_gain = gain;
+    best = line;
+    return true;
+  };
+  for (size_t i = 0; i < candidates.n; ++i) {
+    const float steps = candidates.first + candidates.by * static_cast<float>(i);
+    consider(steps / (high - low), low);
+  }
+  for (size_t i = 0; i < repeats; ++i)
+    if (!consider(1.0f / best.step, best.offset)) break;
+  return best;
+}
+
+}  // namespace potluck
