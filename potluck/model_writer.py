@@ -144,7 +144,9 @@ def write_model(
 
 def _check_apart(source: ModelSource, out: Path) -> None:
     """Neither `out` nor what is written beside it is an input, under whatever name."""
-    if not out.name or not out.parent.is_dir():
+    if not out.name:
+        raise ModelError(f"{out}: a folder", remedy="name a file in it")
+    if not out.parent.is_dir():
         raise ModelError(f"{out.parent}: no such folder", remedy="make it, or name another")
     for target in (out, *(out.with_name(out.name + end) for end in (".part", ".part.json"))):
         for path in source.paths:
@@ -238,9 +240,17 @@ def _write_tensors(
                 part.abandon()
                 raise
             part.append(bytes(max(0, work.target.offset_bytes - part.done_bytes)))
+            _check_place(work, first_row, part)
             part.append(converted)
             on_progress(Progress(work.target.name, part.done_bytes, total_bytes))
     part.append(bytes(total_bytes - part.done_bytes))
+
+
+def _check_place(work: _Work, first_row: int, part: PartFile) -> None:
+    """The file ends where the row belongs; somebody may have changed its record."""
+    target = work.target
+    if part.done_bytes != target.offset_bytes + first_row * (target.size_bytes // target.rows):
+        raise ModelError(f"{part.path}: ends inside a row of {target.name}", remedy="remove it")
 
 
 _Slab = tuple[_Work, int, int]  # rows [first, first + n)

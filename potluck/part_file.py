@@ -45,6 +45,7 @@ class PartFile:
         self._record = target.with_name(target.name + ".part.json")
         self._synced = time.monotonic()
         self._is_open = True
+        self._is_begun = False
         self._descriptor = self._opened()
         try:
             self.done_bytes, self.discarded = self._found()
@@ -59,6 +60,7 @@ class PartFile:
 
     def begin(self) -> None:
         """Drops what is behind `done_bytes`; all if another writing was discarded."""
+        self._is_begun = True
         with self._says_why():
             self._write_record()
             os.ftruncate(self._descriptor, self.done_bytes)
@@ -101,14 +103,16 @@ class PartFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Left early: what was appended stays, if the disk lets it."""
+        """Left early: what was appended stays, if the disk lets it; what was there, before
+        `begin`.
+        """
         if not self._is_open:
             return
         with contextlib.suppress(OSError):
-            if self.done_bytes:
+            if self._is_begun and self.done_bytes:
                 os.ftruncate(self._descriptor, self.done_bytes)
                 self._sync()
-            else:
+            elif self._is_begun or not os.fstat(self._descriptor).st_size:
                 self.path.unlink(missing_ok=True)
                 self._record.unlink(missing_ok=True)
         self._close()

@@ -22,7 +22,7 @@ from potluck.errors import Cancelled, PotluckError, UsageError
 COMMANDS = {
     "Run": ("demo", "serve", "join"),
     "Ask": ("generate", "chat", "status"),
-    "Models": ("pull", "list", "show", "rm", "tokenize", "convert"),
+    "Models": ("pull", "list", "show", "rm", "tokenize", "convert", "quantize"),
     "Measure": ("bench", "perplexity"),
     "Set up": ("completion",),
 }
