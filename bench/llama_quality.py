@@ -66,8 +66,8 @@ class Context:
         return np.array(found)
 
 
-def main() -> int:
-    """Command line."""
+def options() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--file", type=Path, required=True)
@@ -75,17 +75,28 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kv-type", choices=list(KV_TYPES), default="f16")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def loaded(path: str):
+    """The model; None if llama.cpp does not load it."""
 
     @llama_cpp.llama_log_callback
     def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
         pass
 
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    loaded.quiet = quiet  # as long as llama.cpp may call it
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        args.model.encode(), llama_cpp.llama_model_default_params()
+    return llama_cpp.llama_model_load_from_file(
+        path.encode(), llama_cpp.llama_model_default_params()
     )
+
+
+def main() -> int:
+    """Command line."""
+    args = options()
+    model = loaded(args.model)
     if not model:
         print(f"llama.cpp does not load {args.model}", file=sys.stderr)
         return 1

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks", type=values.whole(1), metavar="N", help="score the first N windows (all)"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_engine_arguments(parser)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that need a model in this process."""
     here = parser.add_argument_group("with MODEL")
     here.add_argument(
         "--threads",
@@ -85,7 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="compare with these predictions; it holds the text, too",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
