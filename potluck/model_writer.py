@@ -213,8 +213,8 @@ def _requantized(works: Sequence[_Work]) -> tuple[str, ...]:
         dict.fromkeys(
             work.source.type_name
             for work in works
-            if BY_NAME[work.source.type_name].values > 1
-            and work.source.type_name != work.target.type_name
+            if work.source.type_name != work.target.type_name
+            and min(BY_NAME[t].values for t in (work.source.type_name, work.target.type_name)) > 1
         )
     )
 

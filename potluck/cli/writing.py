@@ -77,7 +77,9 @@ def _say_start(start: Start, choice: TypeChoice) -> None:
         terminal.note("an unfinished file of something else was there and is begun afresh")
     if start.requantized:
         lossy = ", ".join(start.requantized)
-        terminal.note(f"note: {lossy} had lost some precision before and loses more: F16 is better")
+        terminal.note(
+            f"note: {lossy} has lost precision before and loses more now; from F16 it would be less"
+        )
 
 
 class _Bar:

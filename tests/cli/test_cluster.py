@@ -18,6 +18,7 @@ import pytest
 from potluck.cli import programs
 from potluck.cli.programs import Child, ChildDied
 from potluck.errors import PotluckError, UsageError
+from potluck.testing import write_tiny
 
 pytestmark = pytest.mark.cluster
 
@@ -113,7 +114,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program = folder / name
         program.write_text(PROGRAM.format(python=sys.executable))
         program.chmod(0o755)
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    write_tiny(tmp_path / "m.gguf")
     monkeypatch.setattr(programs, "path_of", lambda name: str(folder / name))
     return folder
 

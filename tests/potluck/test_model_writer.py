@@ -124,6 +124,13 @@ def test_a_tensor_of_the_wanted_type_is_copied_byte_for_byte(tmp_path: Path) -> 
     assert started[0].requantized == ("q8_0",)  # the embedding; the head stays
 
 
+def test_writing_16_bits_is_no_further_loss(tmp_path: Path) -> None:
+    source = gguf_source(gguf.read(write_tiny(tmp_path / "in.gguf", TinyShape("q4_0"))))
+    started: list[Start] = []
+    write_model(source, tmp_path / "o", choice_of("f16"), on_start=started.append)
+    assert started[0].requantized == ()
+
+
 @pytest.mark.usefixtures("small_slabs")
 def test_slabs_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tensors() -> list[Rows]:
