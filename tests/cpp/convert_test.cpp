@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "engine/crc32c.h"
 #include "engine/dequantize.h"
 #include "engine/errors.h"
 #include "weights.h"
@@ -32,6 +33,21 @@ std::vector<float> Gaussian(size_t n, float scale, uint64_t seed = 1) {
   std::normal_distribution<float> normal(0.0f, scale);
   std::vector<float> x(n);
   for (float& value : x) value = normal(random);
+  return x;
+}
+
+// Nearly Gaussian, of sizes that differ from one 64 values to the next; no libm, so that every
+// machine makes the same ones.
+std::vector<float> Portable(size_t n) {
+  std::mt19937_64 random(9);
+  const auto uniform = [&random] { return static_cast<float>(random() >> 40) * 0x1p-24f; };
+  std::vector<float> x(n);
+  float size = 0.0f;
+  for (size_t i = 0; i < n; ++i) {
+    if (i % 64 == 0) size = 0.001f + 0.05f * uniform();
+    const float a = uniform(), b = uniform(), c = uniform();
+    x[i] = size * ((a + b) + (c - 1.5f));
+  }
   return x;
 }
 
@@ -163,6 +179,28 @@ TEST(ThreadsAndSplittingChangeNothing) {
   }
 }
 
+// Who changes a quantizer changes these, and FORMAT of potluck/model_writer.py, so that nobody's
+// interrupted file becomes a mixture.
+TEST(TheBytesAreTheSameOnEveryMachine) {
+  constexpr struct {
+    WeightType type;
+    uint32_t checksum;
+  } kGolden[] = {
+      {WeightType::kF16, 0x13b3a3f0},  {WeightType::kBF16, 0xc32255be},
+      {WeightType::kQ4_0, 0x5a30ade7}, {WeightType::kQ4_1, 0x603b8a12},
+      {WeightType::kQ5_0, 0xdbb58a06}, {WeightType::kQ5_1, 0xd0a02389},
+      {WeightType::kQ8_0, 0x2369c4e8}, {WeightType::kQ2_K, 0xe266c1b9},
+      {WeightType::kQ3_K, 0xc3d65480}, {WeightType::kQ4_K, 0xc8a714a1},
+      {WeightType::kQ5_K, 0x41d89785}, {WeightType::kQ6_K, 0x8169f742},
+  };
+  Pool pool(2);
+  const auto x = Portable(32768);
+  for (const auto& golden : kGolden) {
+    const Bytes blocks = Converted(pool, golden.type, x);
+    CHECK_EQ(Crc32c(blocks.data(), blocks.size()), golden.checksum);
+  }
+}
+
 TEST(TheFirstFlawIsNamed) {
   Pool pool(2);
   const float infinity = std::numeric_limits<float>::infinity();
@@ -215,8 +253,8 @@ TEST(HalvesWidenLikeOneByOne) {
 
 TEST(BFloatsRoundToNearestEven) {
   Pool pool(1);
-  const std::vector<float> x = {1.0f,        0x1.01p+0f, 0x1.03p+0f, 0x1.010002p+0f,
-                                -0x1.01p+0f, 0x1p-133f};
+  const std::vector<float> x = {1.0f,           0x1.01p+0f,  0x1.03p+0f,
+                                0x1.010002p+0f, -0x1.01p+0f, 0x1p-133f};
   const std::vector<float> expected = {1.0f, 1.0f, 0x1.04p+0f, 0x1.02p+0f, -1.0f, 0x1p-133f};
   CHECK(ThereAndBack(pool, WeightType::kBF16, x) == expected);
 }
