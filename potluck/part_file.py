@@ -2,7 +2,7 @@
 
 The bytes lie in `NAME.part` until all are there; then it is renamed. Beside it `NAME.part.json`
 says of what the bytes are made and how many are on the disk for certain: they are synced first,
-then it is replaced. So after Ctrl-C, a kill, a full disk or a power cut the next writer of the same
+then it. So after Ctrl-C, a kill, a full disk or a power cut the next writer of the same
 bytes goes on from there, and of other bytes starts afresh. One process at a time (a lock).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -23,6 +24,7 @@ from typing import Never, Self
 from potluck.errors import ModelError
 
 SYNC_SECONDS = 5.0  # at most so much work is lost by a kill
+RECORD_BYTES = 512  # one sector of a disk
 GO_ON = "the same command again goes on where it was"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,6 +65,7 @@ class PartFile:
         self._is_begun = True
         with self._says_why():
             self._write_record()
+            _sync_folder(self._record.parent)
             os.ftruncate(self._descriptor, self.done_bytes)
             os.lseek(self._descriptor, self.done_bytes, os.SEEK_SET)
 
@@ -164,6 +167,7 @@ class PartFile:
         try:
             record = json.loads(self._record.read_bytes())
             identity, done_bytes = str(record["identity"]), int(record["done_bytes"])
+            is_whole = record["check"] == _check(identity, done_bytes)
         except FileNotFoundError as e:
             if self._force:
                 return 0, True
@@ -173,7 +177,7 @@ class PartFile:
             ) from e
         except (OSError, ValueError, KeyError, TypeError):
             return 0, True
-        if identity != self._identity or not 0 <= done_bytes <= has_bytes:
+        if identity != self._identity or not is_whole or not 0 <= done_bytes <= has_bytes:
             return 0, True
         return done_bytes, False
 
@@ -183,14 +187,22 @@ class PartFile:
         self._synced = time.monotonic()
 
     def _write_record(self) -> None:
-        new = self._record.with_name(self._record.name + ".new")
-        said = {"identity": self._identity, "done_bytes": self.done_bytes}
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(said, file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._record)
-        _sync_folder(self._record.parent)
+        """In place: it has its room on a disk that is full by now."""
+        said = {
+            "identity": self._identity,
+            "done_bytes": self.done_bytes,
+            "check": _check(self._identity, self.done_bytes),
+        }
+        line = json.dumps(said).ljust(RECORD_BYTES).encode()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._record, flags, 0o666)
+        try:
+            if os.pwrite(descriptor, line, 0) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(descriptor, len(line))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     @contextlib.contextmanager
     def _says_why(self) -> Iterator[None]:
@@ -201,6 +213,11 @@ class PartFile:
             where = e.filename or self.path
             remedy = f"make room; {GO_ON}" if e.errno in _NO_ROOM else "may files be made there?"
             raise ModelError(f"can't write {where}: {e.strerror or e}", remedy=remedy) from e
+
+
+def _check(identity: str, done_bytes: int) -> str:
+    """Of a record: one that a power cut left half old and half new has a wrong one."""
+    return hashlib.sha256(f"{identity} {done_bytes}".encode()).hexdigest()[:16]
 
 
 def _sync_folder(folder: Path) -> None:

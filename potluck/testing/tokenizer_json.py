@@ -35,9 +35,7 @@ def _sequence(*steps: Json) -> Json:
 # HuggingFaceTB/SmolLM2-135M, meta-llama/Meta-Llama-3-8B, Qwen/Qwen2-0.5B.
 PRE_TOKENIZERS: dict[str, Json] = {
     "gpt-2": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-    "smollm": _sequence(
-        {"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)
-    ),
+    "smollm": _sequence({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)),
     "llama-bpe": _sequence(
         _split(
             "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"

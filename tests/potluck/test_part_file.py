@@ -105,6 +105,17 @@ def test_a_record_that_says_nothing_true_is_begun_afresh(tmp_path: Path, record:
         assert (part.done_bytes, part.discarded) == (0, True)
 
 
+def test_a_record_that_is_half_old_is_begun_afresh(tmp_path: Path) -> None:
+    begun(tmp_path / "x")
+    record = tmp_path / "x.part.json"
+    assert record.stat().st_size == part_file.RECORD_BYTES
+    text = record.read_text()
+    assert '"done_bytes": 5' in text
+    record.write_text(text.replace('"done_bytes": 5', '"done_bytes": 4'))
+    with PartFile(tmp_path / "x", "a") as part:
+        assert (part.done_bytes, part.discarded) == (0, True)
+
+
 def test_a_strangers_part_file_is_left_alone(tmp_path: Path) -> None:
     stranger = tmp_path / "x.part"
     stranger.write_bytes(b"of a browser")
