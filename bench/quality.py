@@ -26,7 +26,7 @@ from potluck.logit_base import BaseFile
 
 HERE = Path(__file__).resolve().parent
 BASE = "f16"
-TYPES = ["q8_0", "q6_k", "q5_k", "q4_k_m", "q4_1", "q4_0"]
+TYPES = ["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0"]
 # CPython's own documentation of its language, which every installation brings: English with some
 # code. So many letters are 52 windows of SmolLM2.
 TEXT_LETTERS = 110_000
