@@ -758,6 +758,7 @@ class StatusReply(_message.Message):
     EXPECTED_WORKERS_FIELD_NUMBER: _builtins.int
     KV_TYPE_FIELD_NUMBER: _builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     state: _builtins.str
     """waiting, loading, serving, unserved; one word"""
@@ -777,6 +778,8 @@ class StatusReply(_message.Message):
     """how keys and values are kept: f16 (empty: the same) or q8"""
     kv_bytes_per_token: _builtins.int
     """of one position of one session, all layers"""
+    wire: _builtins.str
+    """how activations travel: f32 (empty: the same), f16 or q8"""
     @_builtins.property
     def plan(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageStatus]: ...
     @_builtins.property
@@ -804,10 +807,11 @@ class StatusReply(_message.Message):
         expected_workers: _builtins.int = ...,
         kv_type: _builtins.str = ...,
         kv_bytes_per_token: _builtins.int = ...,
+        wire: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "detail", b"detail", "epoch", b"epoch", "expected_workers", b"expected_workers", "figures", b"figures", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_type", b"kv_type", "links", b"links", "model", b"model", "plan", b"plan", "potluck_version", b"potluck_version", "protocol", b"protocol", "queue", b"queue", "sessions", b"sessions", "state", b"state", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "detail", b"detail", "epoch", b"epoch", "expected_workers", b"expected_workers", "figures", b"figures", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_type", b"kv_type", "links", b"links", "model", b"model", "plan", b"plan", "potluck_version", b"potluck_version", "protocol", b"protocol", "queue", b"queue", "sessions", b"sessions", "state", b"state", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
