@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from coordinator.config import Settings, settings_of
+from coordinator.config import Q8_BLOCK, Settings, settings_of
 from coordinator.engine import Engine
 from coordinator.grpc_server import open_doors
 from coordinator.loading import open_pipeline
@@ -45,6 +45,12 @@ async def serve(settings: Settings) -> None:
     model = await asyncio.to_thread(
         open_model, settings.model, settings.context_tokens, settings.kv_type
     )
+    if settings.wire == "q8" and model.config.dim % Q8_BLOCK:
+        raise UsageError(
+            f"--wire q8: blocks of {Q8_BLOCK} values, and rows of {model.name} have"
+            f" {model.config.dim}",
+            remedy="use --wire f16",
+        )
     engine = Engine(model, settings, open_pipeline)
     conversations = Conversations(model.tokenizer, model.name, settings.chat_template)
     async with (

@@ -13,6 +13,8 @@ from potluck.model import KvType
 from potluck.rpc import PROTOCOL, options
 
 DEFAULT_CONTEXT_TOKENS = 4096  # or the model's own, if that is shorter
+WIRES = ("f32", "f16", "q8")  # of activations; f32 alone is exact
+Q8_BLOCK = 32  # values of a row that share a scale there (potluck/wire.py)
 ROWS_LIMIT = 512  # of a step
 
 
@@ -30,6 +32,7 @@ class Settings:
     max_sessions: int = 8
     queue: int = 32
     kv_type: KvType = KvType.F16
+    wire: str = "f32"  # one of WIRES: how activations travel between workers
     chat_template: str = ""  # name of a built-in one; empty: the model's own
     stop_with_stdin: bool = False
     log_level: str = "info"
@@ -82,6 +85,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--queue", type=int, default=Settings.queue, help="requests that may wait for a place")
     names = [kv_type.value for kv_type in KvType]
     add("--kv-type", choices=names, default="f16", help="how keys and values are kept")
+    add("--wire", choices=WIRES, default=Settings.wire, help="how activations travel")
     add("--chat-template", metavar="NAME", default="", help="instead of the model's own")
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -99,6 +103,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         max_sessions=given.max_sessions,
         queue=given.queue,
         kv_type=KvType(given.kv_type),
+        wire=given.wire,
         chat_template=given.chat_template,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,

@@ -135,6 +135,7 @@ class Engine:
             context_tokens=model.context_tokens,
             max_sessions=settings.max_sessions,
             kv_type=settings.kv_type,
+            wire=settings.wire,
             addresses={worker.id: worker.address for worker in workers},
             fleet_address=self.fleet_address,
         )

@@ -49,6 +49,7 @@ class LoadOrder:
     context_tokens: int
     max_sessions: int
     kv_type: KvType
+    wire: str  # f32, f16 or q8: what each stage sends
     addresses: Mapping[WorkerId, str]  # host:port of each worker of the plan
     fleet_address: str  # where the last stage sends results
 
@@ -141,7 +142,7 @@ def _request(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.LoadRequest:
         context_tokens=order.context_tokens,
         kv_bytes=stage.kv_bytes,
         kv_type=worker_pb2.KvType.Value(f"KV_TYPE_{order.kv_type.name}"),
-        wire=types_pb2.ACTIVATION_TYPE_F32,
+        wire=types_pb2.ActivationType.Value(f"ACTIVATION_TYPE_{order.wire.upper()}"),
         next=_next(plan, order, i),
         max_sessions=order.max_sessions,
     )

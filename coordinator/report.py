@@ -34,6 +34,7 @@ def status_of(engine: Engine) -> inference_pb2.StatusReply:
         context_tokens=engine.model.context_tokens,
         expected_workers=engine.settings.workers,
         kv_type=engine.settings.kv_type.value,
+        wire=engine.settings.wire,
         kv_bytes_per_token=engine.model.sizes.kv_layer_bytes * engine.model.sizes.n_layers,
     )
 

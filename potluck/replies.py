@@ -209,6 +209,7 @@ class ServiceReport:
     context_tokens: int
     expected_workers: int
     kv_type: str  # f16 or q8
+    wire: str  # f32, f16 or q8
     kv_bytes_per_token: int  # of one position of one session, all layers
     figures: FiguresReport = field(default_factory=FiguresReport)
 

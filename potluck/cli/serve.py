@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how keys and values are kept: f16 (default), or q8 in about half the memory",
     )
     parser.add_argument(
+        "--wire",
+        choices=["f32", "f16", "q8"],
+        help="how activations travel: f32 (default, exact), f16 in half, q8 in a quarter the bytes",
+    )
+    parser.add_argument(
         "--chat-template",
         metavar="NAME",
         help="instead of the model's own: alpaca, chatml, llama-2, llama-3, mistral, vicuna",
@@ -90,7 +95,7 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
     """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
     is_file = "/" in args.model or Path(args.model).exists()
     names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
-    names += ["queue", "kv_type", "chat_template", "log_level"]
+    names += ["queue", "kv_type", "wire", "chat_template", "log_level"]
     if args.local_workers:
         args.grpc_port = args.grpc_port or 0
         args.fleet_port = args.fleet_port or 0

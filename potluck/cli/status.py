@@ -55,7 +55,7 @@ def summary(report: ServiceReport, address: str) -> str:
         f"{quantities.count(report.sessions, 'session')}, queue {report.queue}, "
         f"{figures.tokens_per_second:.1f} tokens/s, "
         f"{quantities.count(figures.answer_tokens, 'token')} answered, "
-        f"context {report.context_tokens:,}, KV {report.kv_type}"
+        f"context {report.context_tokens:,}, KV {report.kv_type}, wire {report.wire}"
     )
     return "\n".join(lines) + "\n"
 
@@ -144,6 +144,7 @@ def json_of(report: ServiceReport) -> dict[str, object]:
         "context_tokens": report.context_tokens,
         "expected_workers": report.expected_workers,
         "kv_type": report.kv_type,
+        "wire": report.wire,
         "kv_bytes_per_token": report.kv_bytes_per_token,
         "potluck_version": report.potluck_version,
         "protocol": report.protocol,

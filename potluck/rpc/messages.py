@@ -95,6 +95,7 @@ def service_of(reply: inference_pb2.StatusReply) -> replies.ServiceReport:
         context_tokens=reply.context_tokens,
         expected_workers=reply.expected_workers,
         kv_type=reply.kv_type or "f16",
+        wire=reply.wire or "f32",
         kv_bytes_per_token=reply.kv_bytes_per_token,
         figures=_figures(reply.figures),
     )

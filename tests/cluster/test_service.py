@@ -15,7 +15,8 @@ import pytest
 
 from potluck.client import Client
 from potluck.errors import PotluckError, Unreachable
-from potluck.replies import AnswerOptions, Piece
+from potluck.replies import AnswerOptions, Piece, ServiceReport
+from potluck.testing import write_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -73,6 +74,28 @@ def peak_resident_bytes(pid: int) -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) * 1024
+
+
+def test_activations_travel_in_fewer_bytes_when_asked(start_cluster: Any, tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "tiny.gguf")  # rows of 64 values
+    for name in ("f32", "f16", "q8"):
+        cluster = start_cluster(model, workers=2, options=("--wire", name))
+        answer = cluster.answer("the potluck", GREEDY)
+        assert cluster.status().wire == name
+        n_rows = answer.done.prompt_tokens + answer.done.answer_tokens - 1
+        wanted = {"f32": 4 * 64, "f16": 2 * 64, "q8": 2 * 34}[name] * n_rows
+        cluster.wait_until(lambda report, n=wanted: activation_bytes(report) >= n, "all rows")
+        assert activation_bytes(cluster.status()) == wanted
+        cluster.stop()
+
+
+def activation_bytes(report: ServiceReport) -> int:
+    """Sent between workers."""
+    return sum(
+        link.activation_bytes
+        for link in report.links
+        if "coordinator" not in (link.start, link.end)
+    )
 
 
 def test_a_workers_memory_is_its_shard_its_kv_and_a_fixed_margin(

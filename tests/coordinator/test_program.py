@@ -112,6 +112,16 @@ def test_what_is_wrong_at_the_start_takes_two_lines(tiny: str, tmp_path: Path) -
         assert words in lines[0]
 
 
+@pytest.mark.cluster
+def test_rows_that_are_no_whole_blocks_do_not_travel_as_q8(tmp_path: Path) -> None:
+    shape = TinyShape(weight_type="f32", dim=40, n_heads=4, head_dim=10)
+    code, lines = failed(str(write_tiny(tmp_path / "odd.gguf", shape)), *FREE, "--wire", "q8")
+    assert code == 2
+    assert "blocks of 32 values" in lines[0]
+    assert lines[0].endswith(" have 40")
+    assert lines[1] == "  use --wire f16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
