@@ -13,6 +13,7 @@ header says before anything is allocated. Never more than some rows are in memor
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
@@ -166,21 +167,24 @@ class BaseFile:
 class BaseWriter:
     """A base being made beside its place; it gets its name when the last row is written.
 
-    Leaving before that, by an error too, removes it.
+    Leaving before that, by an error too, removes it. An older base is written over, nothing else.
     """
 
     def __init__(self, path: Path, tokens: I32, vocab: int) -> None:
-        """tokens: [windows, tokens a window]. ModelError: no such folder, or too little room."""
+        """tokens: [windows, tokens a window].
+
+        Raises ModelError: no such folder, too little room, or something else has the name.
+        """
         n_windows, window_tokens = tokens.shape
         self.shape = BaseShape(window_tokens, vocab, n_windows)
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._left = n_windows * n_scored(window_tokens)
-        if path.is_dir():
-            raise ModelError(f"{shown(str(path))} is a folder", remedy="name a file in it")
+        for place in (path, self._part):
+            _check_replaceable(place)
         self.free_bytes = need_room(path, self.shape)  # before
         try:
-            self._file = self._part.open("wb")
+            self._file = os.fdopen(_opened_alone(self._part), "wb")
         except OSError as error:
             raise self._refused(error) from error
         header = _HEADER.pack(MAGIC, window_tokens, vocab, n_windows)
@@ -205,8 +209,8 @@ class BaseWriter:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._part.replace(self._path)  # before closing, which gives up the lock
             self._file.close()
-            self._part.replace(self._path)
         except OSError as failed:
             self._abandon()
             raise self._refused(failed) from failed
@@ -271,6 +275,47 @@ def encode(logits: F32) -> npt.NDArray[np.uint8]:
     heads = np.stack([scale, least_log_prob.astype(np.float32)], axis=1).astype("<f4")
     out[:, :4] = heads.view("<u2")
     return out.view(np.uint8)
+
+
+def _check_replaceable(path: Path) -> None:
+    """What is at `path` may be written over: nothing, an older base or an empty file.
+
+    Raises ModelError for anything else: a slip must not cost a text, a model or a device.
+    """
+    if not os.path.lexists(path):
+        return
+    name = shown(str(path))
+    if path.is_dir():
+        raise ModelError(f"{name} is a folder", remedy="name a file in it")
+    descriptor = _open(path, name)
+    try:
+        start = os.pread(descriptor, len(MAGIC), 0)
+    finally:
+        os.close(descriptor)
+    if start not in (b"", MAGIC):
+        raise ModelError(
+            f"{name} is there and no base of logits", remedy="name another file for the base"
+        )
+
+
+def _opened_alone(path: Path) -> int:
+    """The empty file at `path`, locked. Raises OSError; ModelError: another process has it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+            raise BlockingIOError  # its writer has just renamed it
+        os.ftruncate(descriptor, 0)
+    except (BlockingIOError, FileNotFoundError) as error:
+        os.close(descriptor)
+        raise ModelError(
+            f"{shown(str(path))}: another process is writing it", remedy="wait until it is done"
+        ) from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _open(path: Path, name: str) -> int:

@@ -83,7 +83,10 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     base = here.add_mutually_exclusive_group()
     base.add_argument(
-        "--save-base", metavar="FILE", type=Path, help="write the predictions: the base of others"
+        "--save-base",
+        metavar="FILE",
+        type=Path,
+        help="write the predictions, the base of others; an older base is replaced",
     )
     base.add_argument(
         "--kl-base",

@@ -204,6 +204,11 @@ def test_a_base_of_something_else_is_refused(
             1,
             "can't write",
         ),
+        (
+            ["{model}", "--file", "{text}", "--context", "64", "--save-base", "{model}"],
+            1,
+            "is there and no base of logits",
+        ),
         (["--file", "{text}", "--kl-base", "a"], 2, "--kl-base needs one engine"),
         (["--file", "{text}", "--save-base", "a"], 2, "--save-base needs one engine"),
         (["--file", "{text}", "--kv-type", "q8"], 2, "--kv-type: the service decides that"),

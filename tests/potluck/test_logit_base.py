@@ -179,6 +179,7 @@ def test_whatever_bytes_change_it_is_read_or_refused(
     tmp_path: Path, changes: list[tuple[int, int]]
 ) -> None:
     path = tmp_path / "fuzzed"
+    path.unlink(missing_ok=True)  # what is no base any more is not written over
     raw = bytearray(written(path, logits()).read_bytes())
     for at, value in changes:
         raw[at] = value
@@ -208,17 +209,43 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(base: Path) -> None:
 
 def test_a_base_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "base.bin"
-    path.write_bytes(b"an older one")
+    path.write_bytes(b"_logits_ of an older one")
     with BaseWriter(path, tokens(), VOCAB) as writer:
         writer.write(logits()[:4])
-        assert path.read_bytes() == b"an older one"
+        assert path.read_bytes() == b"_logits_ of an older one"
     assert [p.name for p in tmp_path.iterdir()] == ["base.bin"]
-    assert path.read_bytes() == b"an older one"
+    assert path.read_bytes() == b"_logits_ of an older one"
     with contextlib.suppress(KeyboardInterrupt), BaseWriter(path, tokens(), VOCAB) as writer:
         writer.write(logits())
         raise KeyboardInterrupt
-    assert path.read_bytes() == b"an older one"
+    assert path.read_bytes() == b"_logits_ of an older one"
     assert [p.name for p in tmp_path.iterdir()] == ["base.bin"]
+
+
+@pytest.mark.parametrize("name", ["base.bin", "base.bin.part"])
+def test_nothing_but_an_older_base_is_written_over(tmp_path: Path, name: str) -> None:
+    dear = tmp_path / name
+    dear.write_bytes(b"GGUF, or a text")
+    with pytest.raises(ModelError, match=rf"{name} is there and no base of logits"):
+        BaseWriter(tmp_path / "base.bin", tokens(), VOCAB)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: b"GGUF, or a text"}
+
+
+def test_a_pipe_or_a_device_keeps_its_place(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="not a regular file"):
+        BaseWriter(tmp_path / "pipe", tokens(), VOCAB)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_two_writers_of_one_base_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "base.bin"
+    with BaseWriter(path, tokens(), VOCAB) as writer:
+        with pytest.raises(ModelError, match="another process is writing it"):
+            BaseWriter(path, tokens(), VOCAB)
+        writer.write(logits())
+    with BaseFile(path) as file:
+        assert file.shape.n_windows == N
 
 
 def test_too_little_room_is_said_before_a_byte_is_written(
