@@ -201,7 +201,8 @@ def _check_room(part: PartFile, size_bytes: int) -> int:
     lacking = size_bytes + ROOM_MARGIN_BYTES - part.room_bytes - free_bytes
     if lacking > 0:
         raise ModelError(
-            f"{part.path.parent}: the model takes {size_bytes / 1e6:,.0f} MB,"
+            f"{part.path.parent}: the model takes {size_bytes / 1e6:,.0f} MB and leaves"
+            f" {ROOM_MARGIN_BYTES / 1e6:,.0f} MB of the disk,"
             f" {(free_bytes + part.room_bytes) / 1e6:,.0f} MB are free",
             remedy=f"make room for {lacking / 1e6:,.0f} MB more, or name a file on another disk",
         )

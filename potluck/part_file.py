@@ -155,6 +155,10 @@ class PartFile:
             self._refuse_existing()
         if self._target.is_dir():
             raise ModelError(f"{self._target}: a folder", remedy="name a file in it")
+        if (
+            self._target.exists() and not self._target.is_file()
+        ):  # a device, which --force is not for
+            raise ModelError(f"{self._target}: not a regular file", remedy="name another file")
 
     def _refuse_existing(self) -> Never:
         raise ModelError(f"{self._target}: exists already", remedy="--force writes over it")

@@ -226,7 +226,9 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2**24 + 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ModelError, match=r"the model takes 1 MB, 17 MB are free") as refusal:
+    with pytest.raises(
+        ModelError, match=r"takes 1 MB and leaves 17 MB of the disk, 17 MB are"
+    ) as refusal:
         write_model(model_of(rows("0.weight", 1024, 256)), tmp_path / "x", F16)
     assert "make room for 1 MB more" in refusal.value.remedy
     assert list(tmp_path.iterdir()) == []

@@ -144,6 +144,15 @@ def test_a_file_that_is_there_is_not_written_over_unless_told_so(tmp_path: Path)
     assert target.read_bytes() == b"new"
 
 
+def test_a_device_or_pipe_keeps_its_place_whatever_force_says(tmp_path: Path) -> None:
+    """As root, a file in the place of /dev/null would break the machine."""
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(ModelError, match="not a regular file"):
+        PartFile(tmp_path / "x", "a", force=True)
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").is_fifo()
+
+
 def test_a_file_that_appears_meanwhile_is_not_written_over(tmp_path: Path) -> None:
     target = tmp_path / "x"
     with PartFile(target, "a") as part:
