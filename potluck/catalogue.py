@@ -117,6 +117,8 @@ def resolve(model: str) -> Path:
             raise UnknownModel(
                 f"{_shown(model)}: no such file", remedy="see `potluck list` for names"
             )
+        if _is(path, Path.is_dir):
+            raise _folder(path)
         return path
     if _is(path, Path.is_file):
         return path
@@ -127,6 +129,8 @@ def resolve(model: str) -> Path:
     if model in KNOWN:
         remedy = f"potluck pull {model}"
         raise UnknownModel(f"{model} is not on this machine yet", remedy=remedy)
+    if _is(path, Path.is_dir):
+        raise _folder(path)
     raise _unknown(model)
 
 
@@ -311,6 +315,14 @@ def _unknown(name: str) -> UnknownModel:
     hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(names())}"
     return UnknownModel(
         f"no model is called {name}", remedy=f"{hint}; a path of a GGUF file works too"
+    )
+
+
+def _folder(path: Path) -> UnknownModel:
+    """A model in its makers' files, most often."""
+    return UnknownModel(
+        f"{_shown(str(path))}: a folder, not a model file",
+        remedy="name the GGUF file in it, or make one of its files: `potluck convert --help`",
     )
 
 

@@ -25,6 +25,14 @@ Value = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[flo
 T = TypeVar("T", bound=bool | int | float | str)
 
 # What a header may claim; far above any known file (the largest vocabularies have 262,144 tokens).
+MAGIC = b"GGUF"
+# Of GGML's files before GGUF; written as u32, so reversed in the file.
+OLD_MAGICS = {
+    magic: name
+    for name in ("ggml", "ggmf", "ggjt", "ggla")
+    for magic in (name.encode(), name.encode()[::-1])
+}
+
 KEYS_LIMIT = 65_536
 TENSORS_LIMIT = 65_536
 KEY_BYTES_LIMIT = 65_536
@@ -178,10 +186,13 @@ def _read_version(cursor: Cursor) -> int:
     if cursor.size_bytes < 4:
         raise cursor.error(f"{cursor.size_bytes} bytes, not a GGUF file", remedy=CUT_SHORT)
     magic = cursor.take(4, "the magic")
-    for old in (b"ggml", b"ggmf", b"ggjt", b"ggla"):  # written as u32, so reversed in the file
-        if magic in (old, old[::-1]):
-            raise cursor.error(f"magic '{old.decode()}': an old GGML file; convert it first")
-    if magic != b"GGUF":
+    if old := OLD_MAGICS.get(magic):
+        remedy = "fetch the original, or a GGUF file, and `potluck convert` that"
+        raise cursor.error(f"magic '{old}': an old GGML file", remedy=remedy)
+    if magic == b"vers":
+        remedy = "run `git lfs pull` in the model's folder"
+        raise cursor.error("a pointer of Git LFS, not the file", remedy=remedy)
+    if magic != MAGIC:
         raise cursor.error(f"starts with {magic!r} and not with b'GGUF': not a GGUF file")
     version = cursor.whole("I", "the version")
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

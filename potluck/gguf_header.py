@@ -16,7 +16,7 @@ from types import MappingProxyType
 from potluck.blocks import BY_NAME
 from potluck.cursor import shown
 from potluck.errors import ModelError
-from potluck.gguf import DIMENSIONS_LIMIT, TensorInfo
+from potluck.gguf import DIMENSIONS_LIMIT, MAGIC, TensorInfo
 from potluck.tensor_source import Metadata, Typed
 
 VERSION = 3
@@ -74,7 +74,7 @@ def laid_out(metadata: Sequence[tuple[str, Metadata]], tensors: Sequence[TensorH
     for heading in tensors:
         places.append(_placed(heading, offset_bytes))
         offset_bytes = _padded(offset_bytes + places[-1].size_bytes, alignment)
-    head = struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(metadata))
+    head = struct.pack("<4sIQQ", MAGIC, VERSION, len(tensors), len(metadata))
     pieces = [head, *(_pair(key, value) for key, value in metadata), *map(_tensor, places)]
     header = b"".join(pieces)
     start = _padded(len(header), alignment)

@@ -15,7 +15,7 @@ from potluck import gguf
 from potluck.convert.hugging_face import open_hugging_face
 from potluck.convert.lora import with_lora
 from potluck.convert.meta import open_meta
-from potluck.cursor import shown
+from potluck.cursor import opened, shown
 from potluck.errors import ModelError, UnknownModel
 from potluck.gguf_source import gguf_source
 from potluck.synthetic import is_synthetic, open_synthetic
@@ -58,7 +58,7 @@ def _opened(
         found = f"{shown(str(path))}: no such file or folder"
         raise UnknownModel(found, remedy=f"give {UNDERSTOOD}")
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and not path.name.endswith(_OF_A_FOLDER):
+    if path.is_file() and (not path.name.endswith(_OF_A_FOLDER) or _is_ggml(path)):
         source = gguf_source(gguf.read(path))
         return with_lora(source, lora) if lora else source
     if _is_hugging_face(folder) and path.suffix != ".pth":
@@ -71,6 +71,12 @@ def _opened(
         source = open_meta(folder, context_tokens=context_tokens, name=name)
         return with_lora(source, lora) if lora else source
     raise ModelError(f"{shown(str(path))}: {_reason(folder)}", remedy=f"give {UNDERSTOOD}")
+
+
+def _is_ggml(path: Path) -> bool:
+    """GGUF or older, whatever it is called: ggml-model-q4_0.bin was usual once."""
+    with opened(path, limit_bytes=len(gguf.MAGIC)) as file:
+        return file.read_at(0, min(file.size_bytes, 4)) in (gguf.MAGIC, *gguf.OLD_MAGICS)
 
 
 def _is_meta(folder: Path) -> bool:

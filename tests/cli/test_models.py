@@ -268,6 +268,8 @@ def test_pull_prints_the_path_alone_on_stdout(
         (["rm", "/etc/x"], 2, "'/etc/x' is not a model name"),
         (["show", "nope"], 1, "no model is called nope"),
         (["show", "./nope.gguf"], 1, "no such file"),
+        (["show", "tests"], 1, "'tests': a folder, not a model file"),
+        (["show", "./tests"], 1, "`potluck convert --help`"),
         (["show", "smollm2"], 1, "smollm2 is not on this machine yet\n  potluck pull smollm2"),
         (["tokenize", "smollm2", "x"], 1, "smollm2 is not on this machine yet"),
         (["tokenize", "/dev/null", "x"], 1, "/dev/null"),

@@ -99,6 +99,16 @@ def test_a_gguf_and_files_of_a_folder_are_understood(tmp_path: Path) -> None:
         assert (pairs["llama.context_length"], pairs["general.name"]) == (99, "Bread")
 
 
+def test_a_gguf_is_known_by_its_magic_whatever_it_is_called(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "model.gguf", SHAPE)
+    found = open_source(path.rename(tmp_path / "ggml-model.bin"))
+    assert len(found.tensors) == len(tiny_tensors(SHAPE))
+    old = tmp_path / "ggml-model-q4_0.bin"
+    old.write_bytes(b"tjgg" + bytes(100))
+    with pytest.raises(ModelError, match="'ggjt': an old GGML file"):
+        open_source(old)
+
+
 @pytest.mark.parametrize("name", ["empty", "nowhere", "only.safetensors", "x.gguf"])
 def test_what_is_not_understood_is_said_with_what_is(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "folder"

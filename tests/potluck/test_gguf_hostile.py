@@ -59,9 +59,10 @@ def at(name: str) -> str:
 DAMAGES = [
     # The first bytes.
     Damage("magic of nobody", {"magic": b"ABCD"}, "b'ABCD'"),
-    Damage("magic GGML", {"magic": b"lmgg"}, "magic 'ggml': an old GGML file; convert it first"),
-    Damage("magic GGJT", {"magic": b"tjgg"}, "magic 'ggjt': an old GGML file; convert it first"),
+    Damage("magic GGML", {"magic": b"lmgg"}, "magic 'ggml': an old GGML file"),
+    Damage("magic GGJT", {"magic": b"tjgg"}, "magic 'ggjt': an old GGML file"),
     Damage("magic GGJT in letters", {"magic": b"ggjt"}, "magic 'ggjt': an old GGML file"),
+    Damage("Git LFS", {"magic": b"vers"}, "a pointer of Git LFS, not the file"),
     Damage("magic GGMF", {"magic": b"fmgg"}, "magic 'ggmf': an old GGML file"),
     Damage("magic of a zip", {"magic": b"PK\3\4"}, r"b'PK\x03\x04'"),
     Damage("version 0", {"version": 0}, "version 0; 2 and 3 are supported"),
