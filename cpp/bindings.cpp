@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -154,7 +155,11 @@ std::optional<std::pair<size_t, float>> ConvertOf(Engine& engine, const std::str
     throw UsageError("data: " + std::to_string(in.n_bytes()) + " bytes are no whole blocks of " +
                      from.name);
   const size_t n = in.n_bytes() / from.block_bytes * from.block_values;
-  auto* result = target.WritableValuesOf<uint8_t>("uint8", {RowBytes(to.type, n)});
+  const size_t out_bytes = RowBytes(to.type, n);
+  auto* result = target.WritableValuesOf<uint8_t>("uint8", {out_bytes});
+  const std::less<> is_before;  // of pointers into whatever memory
+  if (is_before(in.bytes(), result + out_bytes) && is_before(result, in.bytes() + in.n_bytes()))
+    throw UsageError("out: overlaps data");
   const auto flaw =
       WithoutGil([&] { return Convert(engine.pool, from.type, to.type, n, in.bytes(), result); });
   if (!flaw) return std::nullopt;
@@ -259,13 +264,16 @@ void BindRows(py::module_& m) {
 py::bytes RowsOf(const Synthetic& model, const std::string& name, const std::string& type_name,
                  size_t cols, size_t first_row, size_t n_rows) {
   const TypeInfo& info = KnownType(type_name);
-  if (cols == 0 || cols % info.block_values != 0)
+  if (cols == 0 || cols > kMostValues || cols % info.block_values != 0)
     throw UsageError(name + ": " + std::to_string(cols) + " columns of " + type_name);
   const size_t row_bytes = RowBytes(info.type, cols);
+  size_t n_bytes = 0;
+  if (__builtin_mul_overflow(n_rows, row_bytes, &n_bytes) || n_bytes > PY_SSIZE_T_MAX)
+    throw UsageError(name + ": " + std::to_string(n_rows) + " rows, more than fit into memory");
   std::string bytes;
   WithoutGil([&] {
     const SyntheticTensor tensor(model, name, info.type, cols);
-    bytes.resize(n_rows * row_bytes);
+    bytes.resize(n_bytes);
     for (size_t i = 0; i < n_rows; ++i)
       tensor.Row(first_row + i, reinterpret_cast<uint8_t*>(&bytes[i * row_bytes]));
   });
@@ -275,8 +283,9 @@ py::bytes RowsOf(const Synthetic& model, const std::string& name, const std::str
 void BindSynthetic(py::module_& m) {
   FinalClass<Synthetic>(m, "Synthetic")
       .def(py::init([](uint64_t seed, size_t n_layers) {
-             if (n_layers == 0) throw ModelError("a synthetic model of no layers");
-             return Synthetic{seed, n_layers};
+             const Synthetic model = {seed, n_layers};
+             Check(model);
+             return model;
            }),
            py::kw_only(), py::arg("seed"), py::arg("n_layers"))
       .def("rows", RowsOf, py::arg("name"), py::arg("type_name"), py::arg("cols"),
@@ -313,6 +322,7 @@ using SourceTuple = std::tuple<std::string, std::string, size_t, size_t, uint64_
 
 std::vector<TensorSource> SourcesOf(const std::vector<SourceTuple>& tensors) {
   std::vector<TensorSource> sources;
+  sources.reserve(tensors.size());
   for (const auto& [name, type_name, rows, cols, offset_bytes] : tensors) {
     sources.push_back({name, type_name, rows, cols, offset_bytes});
   }

@@ -126,11 +126,11 @@ class Synthetic:
     """Which model of random weights, in place of a file; cpp/engine/synthetic.h defines them."""
 
     def __init__(self, *, seed: int, n_layers: int) -> None:
-        """n_layers: of the whole model. ModelError: none."""
+        """n_layers: of the whole model. ModelError: none, or more than 65,536."""
     def rows(self, name: str, type_name: str, cols: int, first_row: int, n_rows: int) -> bytes:
         """Rows of the tensor `name` as a file of that type has them; a norm is one row of f32.
 
-        ModelError, UsageError: a type or a width that it can't have.
+        ModelError, UsageError: a type, a width or a number of rows that it can't have.
         """
 
 @final
@@ -270,7 +270,8 @@ def convert(
 
     The same bytes on every machine and for any number of threads. None, or the index and value of
     the first that can't be written: it is not finite, or beyond the range of f16 (bf16 if to_type
-    is that); `out` is then of no use. UsageError: unknown type, no whole blocks of both types.
+    is that); `out` is then of no use. UsageError: unknown type, no whole blocks of both types, buffers that
+    overlap.
     """
 
 def matmul(

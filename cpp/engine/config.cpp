@@ -8,11 +8,6 @@
 namespace potluck {
 namespace {
 
-// Far above any model of this architecture, and small enough that no product of two overflows
-// size_t.
-constexpr size_t kMostValues = size_t{1} << 24;
-constexpr size_t kMostLayers = size_t{1} << 16;
-
 void CheckCount(const char* name, size_t value, size_t most) {
   if (value >= 1 && value <= most) return;
   throw ModelError(std::string(name) + ": 1 to " + std::to_string(most) + ", not " +

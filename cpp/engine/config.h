@@ -15,6 +15,10 @@ namespace potluck {
 // Angles of positions beyond would lose precision (canon.h, SinCosDouble).
 constexpr size_t kMostPositions = size_t{1} << 24;
 
+// Far above any model, and small enough that no product of two overflows size_t.
+constexpr size_t kMostValues = size_t{1} << 24;  // of a row, rows of a matrix
+constexpr size_t kMostLayers = size_t{1} << 16;
+
 // How the angles of rotary embeddings are stretched for more positions than a model saw at first.
 // What it starts with changes nothing.
 struct RopeScaling {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "engine/config.h"
 #include "engine/errors.h"
 
 namespace potluck {
@@ -114,6 +115,13 @@ void FinishFourBits(uint8_t* bytes) {
 
 }  // namespace
 
+void Check(const Synthetic& model) {
+  if (model.n_layers == 0) throw ModelError("a synthetic model of no layers");
+  if (model.n_layers > kMostLayers)
+    throw ModelError("a synthetic model of " + std::to_string(model.n_layers) +
+                     " layers; the most are " + std::to_string(kMostLayers));
+}
+
 double Deviation(const Synthetic& model, const std::string& name, size_t cols) {
   if (name == "token_embd.weight") return 0.5;
   Gain found = {"", 1, false};
@@ -135,7 +143,7 @@ SyntheticTensor::SyntheticTensor(const Synthetic& model, const std::string& name
       scale_offset_(ScaleOffset(type)),
       key_(Mix(Fnv1a(name) ^ Mix(model.seed))),
       is_norm_(Holds(name, "norm")) {
-  if (model.n_layers == 0) throw ModelError("a synthetic model of no layers");
+  Check(model);
   if (is_norm_) {
     if (type != WeightType::kF32) throw ModelError(name + ": synthetic norms are f32");
     return;

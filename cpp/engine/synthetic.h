@@ -38,13 +38,16 @@ struct Synthetic {
   size_t n_layers = 1;  // of the whole model: each layer adds the less to a hidden state
 };
 
+// ModelError: no layers, or more than any model has.
+void Check(const Synthetic& model);
+
 // What the weights of a matrix shall deviate from 0.
 double Deviation(const Synthetic& model, const std::string& name, size_t cols);
 
 // One tensor of it. Immutable: any thread may make any row at any time.
 class SyntheticTensor {
  public:
-  // `cols` is a multiple of the type's block. ModelError: a norm that is not f32, no layers.
+  // `cols` is a multiple of the type's block. ModelError: a norm that is not f32, or Check.
   SyntheticTensor(const Synthetic& model, const std::string& name, WeightType type, size_t cols);
 
   // The bytes of row `row` in the layout of a file: RowBytes(type, cols).

@@ -55,10 +55,13 @@ class SyntheticReader : public RowReader {
 
 class SyntheticSource : public WeightSource {
  public:
-  explicit SyntheticSource(const Synthetic& model) : model_(model) {}
+  explicit SyntheticSource(const Synthetic& model) : model_(model) { Check(model_); }
 
-  // No size and no time: what tells one model of random weights from another.
-  PackSource identity() const override { return {model_.seed, kSyntheticVersion}; }
+  // No size and no time: what tells one model of random weights from another. Layers, at most
+  // kMostLayers, change the weights of each (Deviation).
+  PackSource identity() const override {
+    return {model_.seed, static_cast<int64_t>(uint64_t{model_.n_layers} << 32 | kSyntheticVersion)};
+  }
   std::unique_ptr<RowReader> RowsOf(const TensorForm& form,
                                     uint64_t /*offset_bytes*/) const override {
     return std::make_unique<SyntheticReader>(model_, form);

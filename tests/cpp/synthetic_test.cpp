@@ -146,8 +146,10 @@ TEST(norms_are_near_one) {
 TEST(what_can_not_be_made_is_refused) {
   CHECK_THROWS(SyntheticTensor(kModel, "output_norm.weight", WeightType::kQ4_0, 64),
                potluck::ModelError);
-  CHECK_THROWS(SyntheticTensor({1, 0}, "output.weight", WeightType::kQ4_0, 64),
-               potluck::ModelError);
+  for (const size_t n_layers : {size_t{0}, size_t{1} << 63}) {
+    CHECK_THROWS(SyntheticTensor({1, n_layers}, "output.weight", WeightType::kQ4_0, 64),
+                 potluck::ModelError);
+  }
 }
 
 // Rows of Q and K are taken out of their order while they are packed.
@@ -171,7 +173,7 @@ TEST(a_shard_holds_the_rows_of_a_file_whatever_the_threads) {
   CHECK(!SameBits(tiny::Logits(*Loaded(one, Synthetic{2, 4}), tokens, 7), expected));
 }
 
-TEST(packs_of_synthetic_weights_are_used_for_their_seed_only) {
+TEST(packs_of_synthetic_weights_are_used_for_their_seed_and_layers_only) {
   const tiny::Folder folder;
   const auto tokens = tiny::TokensOf(12);
   Pool pool(2);
@@ -183,6 +185,8 @@ TEST(packs_of_synthetic_weights_are_used_for_their_seed_only) {
   const auto second = tiny::NewShard(pool);
   for (const auto& [part, tensors] : folder.parts()) {
     CHECK_THROWS(second->MapPack(folder.pack(part), Synthetic{2, 4}, tensors),
+                 potluck::DamagedPack);
+    CHECK_THROWS(second->MapPack(folder.pack(part), Synthetic{1, 5}, tensors),
                  potluck::DamagedPack);
     CHECK_THROWS(second->MapPack(folder.pack(part), folder.model(), tensors), potluck::DamagedPack);
     CHECK_EQ(second->MapPack(folder.pack(part), kModel, tensors), "");

@@ -14,6 +14,7 @@ import pytest
 
 from potluck import blocks, engine, model
 from potluck.errors import EngineError, FrameError, ModelError, UsageError
+from potluck.testing.dequantize import dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
 F32 = npt.NDArray[np.float32]
@@ -205,6 +206,33 @@ def test_matmul_checks_sizes_and_values(machine: engine.Engine) -> None:
     damaged[0:2] = np.float16(np.inf).tobytes()
     with pytest.raises(ModelError, match="NaN or infinite"):
         engine.matmul(machine, "q8_0", 8, 64, damaged, np.ones((2, 64), np.float32), out)
+
+
+def test_convert_fills_whole_blocks_and_names_the_first_flaw(machine: engine.Engine) -> None:
+    x = np.linspace(-1, 1, 512, dtype=np.float32)
+    out = np.zeros(512 // 32 * 34, np.uint8)
+    assert engine.convert(machine, "f32", "q8_0", x, out) is None
+    assert np.abs(dequantize(out.tobytes(), "q8_0") - x).max() < 1 / 127
+    x[300], x[301] = np.inf, np.nan
+    assert engine.convert(machine, "f32", "q8_0", x, out) == (300, math.inf)
+    nothing = np.zeros(0, np.uint8)
+    assert engine.convert(machine, "q4_k", "f16", nothing, nothing) is None
+
+
+def test_convert_checks_buffers(machine: engine.Engine) -> None:
+    x, out = np.zeros(512, np.float32), np.zeros(1088, np.uint8)
+    with pytest.raises(UsageError, match=r"out: must be uint8 \[544\], not uint8 \[1088\]"):
+        engine.convert(machine, "f32", "q8_0", x, out)
+    with pytest.raises(UsageError, match="48 values are no whole blocks of q8_0"):
+        engine.convert(machine, "f32", "q8_0", x[:48], out[:34])
+    with pytest.raises(UsageError, match="1088 bytes are no whole blocks of q4_k"):
+        engine.convert(machine, "q4_k", "f32", out, out)
+    bytes_of_x = x.view(np.uint8)
+    for first in (0, 1504):
+        with pytest.raises(UsageError, match="out: overlaps data"):
+            engine.convert(machine, "f32", "q8_0", x, bytes_of_x[first : first + 544])
+    with pytest.raises(UsageError, match="weight type q9"):
+        engine.convert(machine, "f32", "q9", x, out)
 
 
 def test_a_config_that_makes_no_model_is_refused() -> None:

@@ -68,6 +68,18 @@ def test_what_has_no_rows_is_refused() -> None:
         make.rows("output_norm.weight", "f16", 64, 0, 1)
     with pytest.raises(ModelError, match="no layers"):
         engine.Synthetic(seed=1, n_layers=0)
+    with pytest.raises(ModelError, match="the most are 65536"):
+        engine.Synthetic(seed=1, n_layers=2**63)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "cols", "n_rows"),
+    [("f32", 1, 2**62), ("q4_0", 64, 2**62), ("q8_0", 64, 2**57), ("f32", 2**62 + 1, 1)],
+)
+def test_counts_whose_bytes_overflow_are_refused(type_name: str, cols: int, n_rows: int) -> None:
+    make = engine.Synthetic(seed=1, n_layers=4)
+    with pytest.raises(UsageError, match="rows, more than fit|columns of"):
+        make.rows("x.weight", type_name, cols, 0, n_rows)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q8_0", "f16"])
