@@ -270,8 +270,8 @@ def convert(
 
     The same bytes on every machine and for any number of threads. None, or the index and value of
     the first that can't be written: it is not finite, or beyond the range of f16 (bf16 if to_type
-    is that); `out` is then of no use. UsageError: unknown type, no whole blocks of both types, buffers that
-    overlap.
+    is that); `out` is then of no use. UsageError: unknown type, no whole blocks of both types,
+    buffers that overlap.
     """
 
 def matmul(

@@ -18,6 +18,15 @@ struct CodeRange {
 
 inline float Half(float x) { return HalfToFloat(FloatToHalf(x)); }
 
+// The f16 nearest x, or the next away from zero where f16s are sparse: of a d that has to reach the
+// largest step with its largest scale, a little too much costs less than too little, or than none.
+inline float HalfToReach(float x) {
+  const float half = Half(x);
+  if (x > 0.0f && x < 0x1p-17f && half < x) return half + 0x1p-24f;
+  if (x < 0.0f && x > -0x1p-17f && half > x) return half - 0x1p-24f;
+  return half;
+}
+
 // The nearest codes, never NaN.
 inline F4 CodesOf(F4 x, F4 inverse, CodeRange range) {
   return Rounded(Most(Least(x * inverse, AllOf(range.most)), AllOf(range.least)));
@@ -71,7 +80,12 @@ struct Candidates {
   size_t n;
 };
 
-// The step, of the sign that gives the extreme value the code of larger magnitude.
+// Gains above this share of the best are as good: they differ by a few roundings of the sums.
+constexpr float kEqual = 1.0f - 5e-7f;
+
+// The step, of the sign that gives the extreme value the code of larger magnitude. Among equally
+// good ones the last, the one of the largest codes: nearly constant values then get the same code
+// in all sub-blocks of a block, and not steps of 1/2, 1/3 and 1/4, which no d has for multiples.
 template <size_t kN>
 float FitStep(const F4* x, float extreme, CodeRange range, Candidates candidates) {
   float best = -1.0f, step = 0.0f;
@@ -80,10 +94,9 @@ float FitStep(const F4* x, float extreme, CodeRange range, Candidates candidates
     const CodeSums sums = SumCodes<kN>(x, -steps / extreme, range);
     if (sums.qq <= 0.0f) continue;
     const float gain = sums.xq * sums.xq / sums.qq;
-    if (gain > best) {
-      best = gain;
-      step = sums.xq / sums.qq;
-    }
+    if (gain < kEqual * best) continue;
+    best = gain > best ? gain : best;
+    step = sums.xq / sums.qq;
   }
   return step;
 }

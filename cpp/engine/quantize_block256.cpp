@@ -114,8 +114,8 @@ LineBlock FitLines(const F4* x, float most, float scale_most, Candidates candida
     largest_min = -lines[j].offset > largest_min ? -lines[j].offset : largest_min;
   }
   LineBlock block{};
-  block.d = Half(largest_step / scale_most);
-  block.dmin = Half(largest_min / scale_most);
+  block.d = HalfToReach(largest_step / scale_most);
+  block.dmin = HalfToReach(largest_min / scale_most);
   float error = ChooseLines<kN>(x, lines, kSubs, most, scale_most, block);
   for (int i = 0; i < kRefits; ++i) {
     LineBlock other = block;
@@ -193,7 +193,7 @@ StepBlock FitSteps(const F4* x, CodeRange range, CodeRange scales, Candidates ca
     if (size > (extreme < 0.0f ? -extreme : extreme)) extreme = steps[j];
   }
   StepBlock block{};
-  block.d = Half(extreme / scales.least);
+  block.d = HalfToReach(extreme / scales.least);
   float error = ChooseSteps(x, steps, range, scales, block);
   for (int i = 0; i < kRefits; ++i) {
     StepBlock other = block;

@@ -79,7 +79,7 @@ Line LineOf(const F4* x, float most, Candidates candidates) {
   Line line = {Half((high - low) / most), Half(low)};
   float error = LineError<kN>(x, line, most);
   Line fitted = FitLine<kN>(x, most, candidates, 2, false);
-  fitted = {Half(fitted.step), Half(fitted.offset)};
+  fitted = {HalfToReach(fitted.step), Half(fitted.offset)};
   const float other = LineError<kN>(x, fitted, most);
   if (other < error) line = fitted;
   return line;

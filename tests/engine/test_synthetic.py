@@ -78,7 +78,7 @@ def test_what_has_no_rows_is_refused() -> None:
 )
 def test_counts_whose_bytes_overflow_are_refused(type_name: str, cols: int, n_rows: int) -> None:
     make = engine.Synthetic(seed=1, n_layers=4)
-    with pytest.raises(UsageError, match="rows, more than fit|columns of"):
+    with pytest.raises(UsageError, match=r"rows, more than fit|columns of"):
         make.rows("x.weight", type_name, cols, 0, n_rows)
 
 
