@@ -53,6 +53,18 @@ std::vector<float> Portable(size_t n) {
   return x;
 }
 
+// The same and, of such values, 512 each that are heavy-tailed, far from zero, tiny, nearly
+// constant and huge.
+std::vector<float> OfEveryKind() {
+  auto x = Portable(32768);
+  for (size_t i = 0; i < 512; ++i) x.push_back(x[i] * x[i] * x[i] * x[i] * x[i]);
+  for (size_t i = 0; i < 512; ++i) x.push_back(x[i] - 8.0f);
+  for (size_t i = 0; i < 512; ++i) x.push_back(x[i] * 0x1p-15f);
+  for (size_t i = 0; i < 512; ++i) x.push_back(x[i] * 0x1p-7f + 1.0f);
+  for (size_t i = 0; i < 512; ++i) x.push_back(x[i] * 0x1p19f);
+  return x;
+}
+
 Bytes Converted(Pool& pool, WeightType to, const std::vector<float>& x) {
   Bytes out(RowBytes(to, x.size()));
   const Bytes in = BytesOf(x);
@@ -255,18 +267,19 @@ TEST(TheBytesAreTheSameOnEveryMachine) {
     WeightType type;
     uint32_t checksum;
   } kGolden[] = {
-      {WeightType::kF16, 0x13b3a3f0},  {WeightType::kBF16, 0xc32255be},
-      {WeightType::kQ4_0, 0x5a30ade7}, {WeightType::kQ4_1, 0x603b8a12},
-      {WeightType::kQ5_0, 0xdbb58a06}, {WeightType::kQ5_1, 0xd0a02389},
-      {WeightType::kQ8_0, 0x2369c4e8}, {WeightType::kQ2_K, 0xe266c1b9},
-      {WeightType::kQ3_K, 0xc3d65480}, {WeightType::kQ4_K, 0xc8a714a1},
-      {WeightType::kQ5_K, 0x41d89785}, {WeightType::kQ6_K, 0x8169f742},
+      {WeightType::kF16, 0x337416bb},  {WeightType::kBF16, 0x5f7be1e3},
+      {WeightType::kQ4_0, 0xa0ee4d7e}, {WeightType::kQ4_1, 0x1682e5d2},
+      {WeightType::kQ5_0, 0x01ad93ca}, {WeightType::kQ5_1, 0x34926d21},
+      {WeightType::kQ8_0, 0xa0614fcf}, {WeightType::kQ2_K, 0x0c59f0c0},
+      {WeightType::kQ3_K, 0x56bf98fd}, {WeightType::kQ4_K, 0xcf48c13b},
+      {WeightType::kQ5_K, 0x9f5228fd}, {WeightType::kQ6_K, 0x584d084a},
   };
   Pool pool(2);
-  const auto x = Portable(32768);
+  const auto x = OfEveryKind();
   for (const auto& golden : kGolden) {
     const Bytes blocks = Converted(pool, golden.type, x);
-    CHECK_EQ(Crc32c(blocks.data(), blocks.size()), golden.checksum);
+    check::Equal(Crc32c(blocks.data(), blocks.size()), golden.checksum, InfoOf(golden.type).name,
+                 __FILE__, __LINE__);
   }
 }
 
