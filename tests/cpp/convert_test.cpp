@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <iterator>
 #include <limits>
 #include <random>
 #include <vector>
@@ -14,7 +13,6 @@
 #include "engine/crc32c.h"
 #include "engine/dequantize.h"
 #include "engine/errors.h"
-#include "engine/synthetic.h"
 #include "weights.h"
 
 using namespace potluck;
@@ -105,46 +103,7 @@ constexpr Expected kExpected[] = {
     {WeightType::kQ6_K, 0.015, 0.0195},
 };
 
-// Rows of 512 of every kind, the same bits everywhere: even and heavy-tailed spreads, far from
-// zero, tiny and nearly constant.
-std::vector<float> KnownRows() {
-  const SyntheticTensor tensor({1, 1}, "token_embd.weight", WeightType::kF32, 512);
-  std::vector<float> x(6 * 512);
-  for (size_t row = 0; row < 6; ++row)
-    tensor.Row(row, reinterpret_cast<uint8_t*>(x.data() + row * 512));
-  for (size_t i = 0; i < 512; ++i) {
-    x[512 + i] *= x[512 + i] * x[512 + i] * x[512 + i] * x[512 + i];
-    x[1024 + i] -= 8.0f;
-    x[1536 + i] *= 0x1p-17f;
-    x[2048 + i] = 1.0f + 0x1p-10f * x[2048 + i];
-    x[2560 + i] *= 0x1p15f;
-  }
-  return x;
-}
-
 }  // namespace
-
-// A change of these is a change of every file that people quantize from now on.
-TEST(TheBytesOfKnownRowsAreTheSameOnEveryMachine) {
-  Pool pool(2);
-  const struct {
-    WeightType type;
-    uint32_t sum;
-  } known[] = {
-      {WeightType::kF32, 340748410u},   {WeightType::kF16, 843873452u},
-      {WeightType::kBF16, 3110862969u}, {WeightType::kQ4_0, 3042231319u},
-      {WeightType::kQ4_1, 3683736000u}, {WeightType::kQ5_0, 1283910039u},
-      {WeightType::kQ5_1, 3009010611u}, {WeightType::kQ8_0, 4073132029u},
-      {WeightType::kQ2_K, 3863036711u}, {WeightType::kQ3_K, 840658147u},
-      {WeightType::kQ4_K, 1066205015u}, {WeightType::kQ5_K, 2696426000u},
-      {WeightType::kQ6_K, 783206900u},
-  };
-  CHECK_EQ(std::size(known), kTypeCount);
-  for (const auto& [type, sum] : known) {
-    const Bytes bytes = Converted(pool, type, KnownRows());
-    check::Equal(Crc32c(bytes.data(), bytes.size()), sum, InfoOf(type).name, __FILE__, __LINE__);
-  }
-}
 
 TEST(ErrorsOfGaussianValuesAreAsExpected) {
   Pool pool(2);
