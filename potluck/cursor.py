@@ -17,6 +17,8 @@ from pathlib import Path
 from potluck.errors import ModelError, UnknownModel
 
 CUT_SHORT = "is the file cut short? fetch it again (potluck pull)"
+# How a file begins that Git LFS has not fetched: the right name, and some lines of text.
+_POINTER = b"version https://git-lfs"
 # Of the file, held while its header is read: a 98 MB model's header takes two reads.
 _WINDOW_BYTES = 2**20
 
@@ -72,6 +74,14 @@ class Cursor:
         """A ModelError about this file, at a place in it if one is given."""
         place = "" if at is None else f"offset {at}: "
         return ModelError(f"{self._name}: {place}{message}", remedy=remedy)
+
+    def refuse_pointer(self) -> None:
+        """Raises ModelError for a pointer of Git LFS, which a clone without it has for files."""
+        if self.read_at(0, min(len(_POINTER), self.size_bytes)) == _POINTER:
+            raise self.error(
+                "a pointer of Git LFS, not the file",
+                remedy="run `git lfs pull` in the model's folder",
+            )
 
     def take(self, size_bytes: int, what: str, *, at: int | None = None) -> bytes:
         """The next bytes. Checked first, so that a claim of 2^62 costs nothing.

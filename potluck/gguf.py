@@ -189,10 +189,8 @@ def _read_version(cursor: Cursor) -> int:
     if old := OLD_MAGICS.get(magic):
         remedy = "fetch the original, or a GGUF file, and `potluck convert` that"
         raise cursor.error(f"magic '{old}': an old GGML file", remedy=remedy)
-    if magic == b"vers":
-        remedy = "run `git lfs pull` in the model's folder"
-        raise cursor.error("a pointer of Git LFS, not the file", remedy=remedy)
     if magic != MAGIC:
+        cursor.refuse_pointer()
         raise cursor.error(f"starts with {magic!r} and not with b'GGUF': not a GGUF file")
     version = cursor.whole("I", "the version")
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

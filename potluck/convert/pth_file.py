@@ -21,7 +21,6 @@ from potluck.errors import ModelError
 PICKLE_BYTES_LIMIT = 64 * 2**20
 
 _LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
-_LFS_POINTER = b"version https://git-lfs"
 _RESAVE = "load it with torch >= 1.6 and weights_only=True, and torch.save it again"
 _CONTIGUOUS = "save it again after tensor.contiguous()"
 _NO_LIMIT = 2**63
@@ -65,8 +64,7 @@ def _check_kind(file: Cursor) -> None:
     start = file.read_at(0, min(512, file.size_bytes))
     if start.startswith(b"PK\x03\x04"):
         return
-    if start.startswith(_LFS_POINTER):
-        raise file.error("a pointer of Git LFS, not the file", remedy="fetch it: git lfs pull")
+    file.refuse_pointer()
     if start.startswith(_LEGACY_MAGIC):
         raise file.error("written by torch before 1.6, not a zip", remedy=_RESAVE)
     if start[257:262] == b"ustar":

@@ -20,7 +20,6 @@ from potluck.cursor import CUT_SHORT, Cursor, opened, shown
 # The library stops at 100 MB; a shard of 65B has 12 KB, all of a 405B model 140 KB.
 HEADER_BYTES_LIMIT = 8 * 2**20
 _DIMENSIONS_LIMIT = 8
-_LFS_START = int.from_bytes(b"version ", "little")
 
 # Type in the file -> its name in potluck/blocks.py (of others, which no model that we convert
 # may use, the name in the file), and the bytes of a value.
@@ -57,12 +56,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     """The file at `path`, its header checked. Raises ModelError, UnknownModel if there is none."""
     with opened(path, limit_bytes=8 + HEADER_BYTES_LIMIT) as cursor:
         stamp = stamp_of(path, cursor)
+        cursor.refuse_pointer()
         header_bytes = cursor.whole("Q", "the length of the header")
-        if header_bytes == _LFS_START:
-            raise cursor.error(
-                "a pointer of Git LFS, not the file",
-                remedy="run `git lfs pull` in the model's folder",
-            )
         if header_bytes > cursor.size_bytes - cursor.offset:
             found = f"a header of {header_bytes:,} bytes, the file has {cursor.size_bytes:,}"
             raise cursor.error(found, remedy=CUT_SHORT)

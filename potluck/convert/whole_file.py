@@ -1,8 +1,4 @@
-"""Small files beside a model, read whole: checked for size, for text, and for being themselves.
-
-Whoever clones a model without Git LFS has pointers where files should be, and they have the right
-names: so that is looked for here, once.
-"""
+"""Small files beside a model, read whole: checked for size, for text, and for being themselves."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ from pathlib import Path
 
 from potluck.cursor import opened, shown
 from potluck.errors import ModelError
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
@@ -25,14 +19,10 @@ def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
         if cursor.size_bytes > limit_bytes:
             size = f"{cursor.size_bytes:,} bytes, at most {limit_bytes:,} are supported"
             raise ModelError(f"{name}: {size}")
+        cursor.refuse_pointer()
         data = cursor.take(cursor.size_bytes, "the file")
     if not data:
         raise ModelError(f"{name}: is empty", remedy="fetch the file again")
-    if data.startswith(_LFS_POINTER):
-        raise ModelError(
-            f"{name}: is a pointer of Git LFS, not the file itself",
-            remedy="run `git lfs pull` in the model's folder",
-        )
     return data
 
 

@@ -62,7 +62,6 @@ DAMAGES = [
     Damage("magic GGML", {"magic": b"lmgg"}, "magic 'ggml': an old GGML file"),
     Damage("magic GGJT", {"magic": b"tjgg"}, "magic 'ggjt': an old GGML file"),
     Damage("magic GGJT in letters", {"magic": b"ggjt"}, "magic 'ggjt': an old GGML file"),
-    Damage("Git LFS", {"magic": b"vers"}, "a pointer of Git LFS, not the file"),
     Damage("magic GGMF", {"magic": b"fmgg"}, "magic 'ggmf': an old GGML file"),
     Damage("magic of a zip", {"magic": b"PK\3\4"}, r"b'PK\x03\x04'"),
     Damage("version 0", {"version": 0}, "version 0; 2 and 3 are supported"),
@@ -232,6 +231,13 @@ def test_a_file_of_a_few_bytes_is_no_gguf_file(tmp_path: Path, size_bytes: int) 
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF"[:size_bytes])
     assert f"x.gguf: {size_bytes} bytes, not a GGUF file" in refusal(path).message
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(ModelError, match="a pointer of Git LFS, not the file"):
+        gguf.read(path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
