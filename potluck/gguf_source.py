@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
+from potluck import stored_tensor
 from potluck.engine import Synthetic, origin_of
-from potluck.errors import ModelError
-from potluck.gguf import GgufFile, TensorInfo
+from potluck.gguf import GgufFile
+from potluck.stored_tensor import StoredTensor
 from potluck.tensor_source import Metadata, ModelSource, Typed
 
 # ggml's own types of fewer bits, which nothing here can turn into values.
@@ -21,70 +21,17 @@ _UNREADABLE = ("iq", "tq", "mxfp", "nvfp", "q1_", "q8_1", "q8_k")
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """A TensorSource: one tensor of a file."""
-
-    path: Path
-    info: TensorInfo
-
-    @property
-    def name(self) -> str:
-        """Its name in the file."""
-        return self.info.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Slowest dimension first."""
-        return self.info.shape
-
-    @property
-    def type_name(self) -> str:
-        """Its type in the file."""
-        return self.info.type_name
-
-    def read(self, first_row: int, n_rows: int) -> bytes:
-        """Rows as they lie in the file. Raises ModelError: it changed since its header was read."""
-        row_bytes = self.info.size_bytes // self.info.rows
-        wanted = n_rows * row_bytes
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.info.offset_bytes + first_row * row_bytes)
-                data = file.read(wanted) or b""
-                while len(data) < wanted and (more := file.read(wanted - len(data))):
-                    data += more
-        except OSError as e:
-            raise ModelError(f"{self.path}: can't be read ({e.strerror})") from e
-        if len(data) != wanted:
-            raise ModelError(f"{self.path}: {self.name} ends early: the file shrank")
-        return data
-
-
-@dataclass(frozen=True, slots=True)
 class MadeTensor:
-    """A TensorSource: one tensor of a synthetic model."""
+    """A TensorSource: one tensor of a synthetic model, as a file would have it."""
 
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
     maker: Synthetic
-    info: TensorInfo
-
-    @property
-    def name(self) -> str:
-        """As a file would have it."""
-        return self.info.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Slowest dimension first."""
-        return self.info.shape
-
-    @property
-    def type_name(self) -> str:
-        """As a file would have it."""
-        return self.info.type_name
 
     def read(self, first_row: int, n_rows: int) -> bytes:
         """The same rows whenever they are asked for."""
-        info = self.info
-        return self.maker.rows(info.name, info.type_name, info.cols, first_row, n_rows)
+        return self.maker.rows(self.name, self.type_name, self.shape[-1], first_row, n_rows)
 
 
 def gguf_source(file: GgufFile) -> ModelSource:
@@ -97,14 +44,18 @@ def gguf_source(file: GgufFile) -> ModelSource:
     metadata = [(key, _exact(file, key)) for key in file.metadata]
     origin = origin_of(file)
     if isinstance(origin, Synthetic):
-        made = [MadeTensor(origin, info) for info in file.tensors.values()]
+        made = [MadeTensor(t.name, t.type_name, t.shape, origin) for t in file.tensors.values()]
         return ModelSource(metadata, made, identity=f"{file.path} {file.header_sha256}")
-    status = file.path.stat()
+    stamp = stored_tensor.stamp(file.path)
+    stored = [
+        StoredTensor(t.name, t.type_name, t.shape, stamp, t.offset_bytes, t.size_bytes)
+        for t in file.tensors.values()
+    ]
     whole = file.path.resolve()
     return ModelSource(
         metadata=metadata,
-        tensors=[GgufTensor(file.path, info) for info in file.tensors.values()],
-        identity=f"gguf {whole} {file.header_sha256} {status.st_size} {status.st_mtime_ns}",
+        tensors=stored,
+        identity=f"gguf {whole} {file.header_sha256} {stamp.size_bytes} {stamp.changed_ns}",
         paths=(str(file.path),),
     )
 

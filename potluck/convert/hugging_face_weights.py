@@ -15,9 +15,9 @@ from pathlib import Path
 from potluck.convert.json_file import read_json
 from potluck.convert.pth_file import open_pth
 from potluck.convert.safetensors_file import open_safetensors
-from potluck.convert.stored_tensor import StoredTensor
 from potluck.cursor import shown
 from potluck.errors import ModelError
+from potluck.stored_tensor import StoredTensor, stamp
 
 FLOAT_TYPES = ("f32", "f16", "bf16")  # that a model's weights may have
 
@@ -48,7 +48,7 @@ class StoredWeights:
     @property
     def identity(self) -> str:
         """Equal as long as all those files are. Raises ModelError: one is gone."""
-        return "\n".join(_identity(path) for path in self.inputs())
+        return "\n".join(stamp(path).identity for path in self.inputs())
 
     def error(self, message: str, *, remedy: str = "") -> ModelError:
         """A ModelError about the folder."""
@@ -106,14 +106,6 @@ def _sharded(folder: Path, index_path: Path) -> StoredWeights:
         where = shown(str(folder / file_of[absent[0]]))
         raise ModelError(f"{where}: no {shown(absent[0])}, which the index says is there")
     return StoredWeights(folder, tensors, tuple(folder / file_name for file_name in file_names))
-
-
-def _identity(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError as e:
-        raise ModelError(f"{shown(str(path))}: can't be read ({e.strerror})") from e
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _check_file_name(index_path: Path, file_name: str) -> None:

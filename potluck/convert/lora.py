@@ -16,7 +16,7 @@ import numpy as np
 from potluck.convert.hugging_face_names import EMBEDDING, HEAD, has_rotary_rows
 from potluck.convert.hugging_face_weights import FLOAT_TYPES
 from potluck.convert.lora_adapter import Adapter, LowRank, open_adapter
-from potluck.convert.tensor_views import F32, Interleaved, Renamed, f32_rows
+from potluck.convert.tensor_views import F32, Interleaved, Renamed, View, f32_rows
 from potluck.cursor import shown
 from potluck.tensor_source import ModelSource, TensorSource, Typed
 
@@ -28,23 +28,12 @@ _MAY_GROW = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(View):
     """`source` [rows, cols] + scale * up @ down, as f32."""
 
-    source: TensorSource
     up: TensorSource  # [rows, rank], rows in the order of the source
     down: TensorSource  # [rank, cols]
     scale: float
-
-    @property
-    def name(self) -> str:
-        """That of the source."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the source."""
-        return self.source.shape
 
     @property
     def type_name(self) -> str:

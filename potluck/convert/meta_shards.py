@@ -16,9 +16,9 @@ import numpy as np
 
 from potluck.blocks import BY_NAME
 from potluck.convert.pth_file import PthFile, open_pth
-from potluck.convert.stored_tensor import StoredTensor
 from potluck.cursor import shown
 from potluck.errors import ModelError
+from potluck.stored_tensor import StoredTensor
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from potluck.convert.pickle_reader import TensorView, read_tensors
-from potluck.convert.stored_tensor import FileStamp, StoredTensor, stamp_of
 from potluck.convert.stored_zip import Entry, entries_of
 from potluck.cursor import Cursor, opened, shown
 from potluck.errors import ModelError
+from potluck.stored_tensor import FileStamp, StoredTensor, stamp_of
 
 PICKLE_BYTES_LIMIT = 64 * 2**20
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.convert.json_file import JsonObject, is_unicode, parse_json
-from potluck.convert.stored_tensor import FileStamp, StoredTensor, stamp_of
 from potluck.cursor import CUT_SHORT, Cursor, opened, shown
+from potluck.stored_tensor import FileStamp, StoredTensor, stamp_of
 
 # The library stops at 100 MB; a shard of 65B has 12 KB, all of a 405B model 140 KB.
 HEADER_BYTES_LIMIT = 8 * 2**20

@@ -40,16 +40,10 @@ class Renamed:
 
 
 @dataclass(frozen=True, slots=True)
-class Interleaved:
-    """q or k of Hugging Face's LLaMA, [heads * head_dim, cols], with rotary pairs side by side.
-
-    Or their bias, [heads * head_dim]. Hugging Face turns values i and i + head_dim/2 of a head
-    together, GGUF's `llama` values 2i and 2i + 1: row 2i + j of a head here is row
-    j * head_dim/2 + i there.
-    """
+class View:
+    """What a tensor seen differently has from `source`."""
 
     source: TensorSource
-    head_dim: int
 
     @property
     def name(self) -> str:
@@ -65,6 +59,18 @@ class Interleaved:
     def type_name(self) -> str:
         """That of the source."""
         return self.source.type_name
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved(View):
+    """q or k of Hugging Face's LLaMA, [heads * head_dim, cols], with rotary pairs side by side.
+
+    Or their bias, [heads * head_dim]. Hugging Face turns values i and i + head_dim/2 of a head
+    together, GGUF's `llama` values 2i and 2i + 1: row 2i + j of a head here is row
+    j * head_dim/2 + i there.
+    """
+
+    head_dim: int
 
     def read(self, first_row: int, n_rows: int) -> bytes:
         """Reads the heads that the rows are of, whole."""

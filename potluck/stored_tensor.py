@@ -55,6 +55,12 @@ class StoredTensor:
         return self.stamp.read(self.offset_bytes + first_row * row_bytes, n_rows * row_bytes)
 
 
+def stamp(path: Path) -> FileStamp:
+    """Of the file at `path` as it is now. Raises UnknownModel, ModelError: no regular file."""
+    with opened(path, limit_bytes=0) as cursor:
+        return stamp_of(path, cursor)
+
+
 def stamp_of(path: Path, cursor: Cursor) -> FileStamp:
     """Of the file that `cursor` reads, opened by `path`."""
     status = cursor.status
