@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-from coordinator.config import Q8_BLOCK, Settings, settings_of
+from coordinator.config import Settings, settings_of
 from coordinator.engine import Engine
 from coordinator.grpc_server import open_doors
 from coordinator.loading import open_pipeline
 from coordinator.served import open_model
 from coordinator.templates import Conversations
 from potluck.errors import PotluckError, UsageError
+from potluck.plan import WIRE_Q8_BLOCK
 
 PROGRAM = "potluck-coordinator"
 _INTERRUPTED = 130
@@ -45,9 +46,9 @@ async def serve(settings: Settings) -> None:
     model = await asyncio.to_thread(
         open_model, settings.model, settings.context_tokens, settings.kv_type
     )
-    if settings.wire == "q8" and model.config.dim % Q8_BLOCK:
+    if settings.wire == "q8" and model.config.dim % WIRE_Q8_BLOCK:
         raise UsageError(
-            f"--wire q8: blocks of {Q8_BLOCK} values, and rows of {model.name} have"
+            f"--wire q8: blocks of {WIRE_Q8_BLOCK} values, and rows of {model.name} have"
             f" {model.config.dim}",
             remedy="use --wire f16",
         )

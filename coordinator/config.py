@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from potluck import __version__
 from potluck.errors import UsageError
 from potluck.model import KvType
+from potluck.plan import WIRES
 from potluck.rpc import PROTOCOL, options
 
 DEFAULT_CONTEXT_TOKENS = 4096  # or the model's own, if that is shorter
-WIRES = ("f32", "f16", "q8")  # of activations; f32 alone is exact
-Q8_BLOCK = 32  # values of a row that share a scale there (potluck/wire.py)
 ROWS_LIMIT = 512  # of a step
 
 

@@ -20,6 +20,7 @@ from typing import Never, TypeVar, cast
 from potluck.blocks import BY_NUMBER
 from potluck.cursor import CUT_SHORT, Cursor, opened, shown
 from potluck.errors import ModelError
+from potluck.tensor_source import KINDS
 
 Value = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[float] | Sequence[str]
 T = TypeVar("T", bound=bool | int | float | str)
@@ -43,12 +44,10 @@ TENSOR_NAME_BYTES_LIMIT = 64
 DIMENSIONS_LIMIT = 4
 
 # Metadata types by number: scalars as letters of struct, then a string and an array.
-_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_SCALARS = dict(KINDS.values())
 _STRING, _ARRAY = 8, 9
-# Their names, and a string's: kinds of tensor_source.Typed.
-_KIND_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "u64", "i64", "f64")
-_KINDS = dict(zip(_SCALARS, _KIND_NAMES, strict=True))
-_KINDS[_STRING] = "str"
+# Their names, and a string's.
+_KINDS = {number: kind for kind, (number, _) in KINDS.items()} | {_STRING: "str"}
 
 
 @dataclass(frozen=True, slots=True)

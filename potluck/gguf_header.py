@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from potluck.blocks import BY_NAME
 from potluck.cursor import shown
 from potluck.errors import ModelError
 from potluck.gguf import DIMENSIONS_LIMIT, MAGIC, TensorInfo
-from potluck.tensor_source import Metadata, Typed
+from potluck.tensor_source import KINDS, Metadata, Typed
 
 VERSION = 3
 ALIGNMENT = 32  # of each tensor's data, unless the metadata says otherwise
 NAME_BYTES_LIMIT = 63  # of a tensor: ggml's 64 hold a NUL, too
 
-# Scalars by kind: number in the file, letter of struct.
-KINDS: Mapping[str, tuple[int, str]] = MappingProxyType(
-    {
-        "u8": (0, "B"),
-        "i8": (1, "b"),
-        "u16": (2, "H"),
-        "i16": (3, "h"),
-        "u32": (4, "I"),
-        "i32": (5, "i"),
-        "f32": (6, "f"),
-        "bool": (7, "?"),
-        "u64": (10, "Q"),
-        "i64": (11, "q"),
-        "f64": (12, "d"),
-    }
-)
 _STRING, _ARRAY = 8, 9
 _FRACTIONS = ("f32", "f64")
 

@@ -15,6 +15,10 @@ WorkerId = NewType("WorkerId", str)
 # Where a worker has its weights: in memory, or in files of the cache that are mapped.
 WEIGHTS = ("arena", "mmap")
 
+# How activations travel between workers (potluck/wire.py); f32 alone is exact.
+WIRES = ("f32", "f16", "q8")
+WIRE_Q8_BLOCK = 32  # values of a row that share a scale
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

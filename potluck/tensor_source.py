@@ -7,16 +7,34 @@ whole: rows are read as they are needed, so a model may be many times larger tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
+
+# Kinds of metadata values: number in a GGUF, letter of struct.
+KINDS: Mapping[str, tuple[int, str]] = MappingProxyType(
+    {
+        "u8": (0, "B"),
+        "i8": (1, "b"),
+        "u16": (2, "H"),
+        "i16": (3, "h"),
+        "u32": (4, "I"),
+        "i32": (5, "i"),
+        "f32": (6, "f"),
+        "bool": (7, "?"),
+        "u64": (10, "Q"),
+        "i64": (11, "q"),
+        "f64": (12, "d"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
     """A metadata value of a type that its Python type does not tell: Typed("u64", 7).
 
-    `kind`: u8, i8, u16, i16, u32, i32, u64, i64, f32, f64 or bool, of each element.
+    `kind`: one of KINDS, of each element.
     """
 
     kind: str

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from potluck.engine import crc32c
 from potluck.errors import FrameError
+from potluck.plan import WIRE_Q8_BLOCK, WIRES
 from potluck.rpc.v1 import types_pb2
 
 Hidden = npt.NDArray[np.float32]  # [rows, dim]
@@ -22,10 +23,9 @@ Hidden = npt.NDArray[np.float32]  # [rows, dim]
 F32 = types_pb2.ACTIVATION_TYPE_F32
 F16 = types_pb2.ACTIVATION_TYPE_F16
 Q8 = types_pb2.ACTIVATION_TYPE_Q8
-TYPE_NAMES = {F32: "f32", F16: "f16", Q8: "q8"}
+TYPE_NAMES = dict(zip((F32, F16, Q8), WIRES, strict=True))
 
-_Q8_BLOCK = 32
-_Q8_LAYOUT = np.dtype([("scale", "<f2"), ("codes", "i1", (_Q8_BLOCK,))])
+_Q8_LAYOUT = np.dtype([("scale", "<f2"), ("codes", "i1", (WIRE_Q8_BLOCK,))])
 _F16_MAX = 65504.0
 
 
@@ -36,9 +36,11 @@ def row_bytes(kind: types_pb2.ActivationType.ValueType, dim: int) -> int:
     if kind == F16:
         return 2 * dim
     if kind == Q8:
-        if dim % _Q8_BLOCK:
-            raise FrameError(f"q8 writes blocks of {_Q8_BLOCK} values; {dim} a row are no multiple")
-        return dim // _Q8_BLOCK * _Q8_LAYOUT.itemsize
+        if dim % WIRE_Q8_BLOCK:
+            raise FrameError(
+                f"q8 writes blocks of {WIRE_Q8_BLOCK} values; {dim} a row are no multiple"
+            )
+        return dim // WIRE_Q8_BLOCK * _Q8_LAYOUT.itemsize
     raise FrameError(f"activation type {kind} is not known (f32, f16, q8)")
 
 
@@ -104,7 +106,7 @@ def _to_q8(array: Hidden) -> npt.NDArray[np.void]:
     """Blocks with the smallest f16 scale at which every code fits -127 to 127."""
     if not np.isfinite(array).all():
         raise FrameError("q8 has no code for NaN and infinity")
-    values = array.reshape(-1, _Q8_BLOCK)
+    values = array.reshape(-1, WIRE_Q8_BLOCK)
     exact = np.abs(values).max(axis=1) / np.float32(127)
     if exact.size and (largest := float(exact.max())) > _F16_MAX:
         raise FrameError(f"{largest * 127:g} does not fit q8 (scales are f16); use f32 links")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from potluck.cli import values, writing
 from potluck.convert import open_source
-from potluck.type_mix import ALIASES, CHOICES, choice_of
+from potluck.type_mix import choice_of
 
 HELP = "Make a model file of Meta's or Hugging Face's"
 
@@ -22,12 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " model.safetensors), a file of such a folder, or a GGUF file",
     )
     parser.add_argument("out", metavar="OUT.gguf", type=Path, help="the file to write")
-    parser.add_argument(
-        "--type",
-        required=True,
-        metavar="T",
-        help=f"of the weights: {', '.join((*CHOICES, *ALIASES))}",
-    )
     parser.add_argument("--lora", type=Path, metavar="DIR", help="an adapter to be merged in")
     parser.add_argument("--name", type=values.plain, help="what the model is called in its file")
     parser.add_argument(
@@ -36,15 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that the model can read, where its files do not say it or say it wrongly",
     )
-    parser.add_argument("--force", action="store_true", help="write over OUT.gguf if it is there")
-    parser.add_argument(
-        "--threads",
-        type=values.whole(1, 1024),
-        default=values.from_environment("THREADS"),
-        metavar="N",
-        help="threads that convert (default: POTLUCK_THREADS, else all that may be used)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    writing.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from potluck.cli import fetching, programs, running, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
 from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
 from potluck.model import KvType
+from potluck.plan import WIRES
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
 from potluck.synthetic import is_synthetic
 
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--wire",
-        choices=["f32", "f16", "q8"],
+        choices=WIRES,
         help="how activations travel: f32 (default, exact), f16 in half, q8 in a quarter the bytes",
     )
     parser.add_argument(

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import time
 from pathlib import Path
 
-from potluck.cli import quantities, terminal
+from potluck.cli import quantities, terminal, values
 from potluck.model_writer import Progress, Start, Summary, write_model
 from potluck.part_file import GO_ON
 from potluck.tensor_source import ModelSource
-from potluck.type_mix import TypeChoice
+from potluck.type_mix import ALIASES, CHOICES, TypeChoice
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that writes a model; they follow its arguments."""
+    parser.add_argument(
+        "--type",
+        required=True,
+        metavar="T",
+        help=f"of the weights: {', '.join((*CHOICES, *ALIASES))}. q4_k and q5_k mean q4_k_m and"
+        " q5_k_m, the usual mixes. Vectors stay f32, the head gets six bits or more",
+    )
+    parser.add_argument("--force", action="store_true", help="write over the file if it is there")
+    parser.add_argument(
+        "--threads",
+        type=values.whole(1, 1024),
+        default=values.from_environment("THREADS"),
+        metavar="N",
+        help="threads that convert (default: POTLUCK_THREADS, else all that may be used)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
 def write(
