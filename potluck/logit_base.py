@@ -6,14 +6,13 @@ row f32 scale, f32 least ln(probability), and one u16 a token of the vocabulary 
 is odd): ln(probability) = least + scale * code. What is less likely than e ** -16 times the most
 likely token is written as that. SmolLM2: 98,312 bytes a row, 25 MB a window of 512.
 
-Files of either program serve the other. One that is read is untrusted: its size must be what its
+One that is read is untrusted: its size must be what its
 header says before anything is allocated. Never more than some rows are in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -21,13 +20,14 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from potluck.cursor import shown
 from potluck.errors import ModelError
+from potluck.part_file import opened_alone
 from potluck.perplexity import F32, I32, LEAST_WINDOW_TOKENS, n_scored
 
 MAGIC = b"_logits_"
@@ -183,10 +183,7 @@ class BaseWriter:
         for place in (path, self._part):
             _check_replaceable(place)
         self.free_bytes = need_room(path, self.shape)  # before
-        try:
-            self._file = os.fdopen(_opened_alone(self._part), "wb")
-        except OSError as error:
-            raise self._refused(error) from error
+        self._file = self._opened()
         header = _HEADER.pack(MAGIC, window_tokens, vocab, n_windows)
         try:
             self._write(header + tokens.astype("<i4").tobytes())
@@ -220,6 +217,16 @@ class BaseWriter:
         assert len(logits) <= self._left, "the caller counts rows"
         self._write(encode(logits).tobytes())
         self._left -= len(logits)
+
+    def _opened(self) -> BinaryIO:
+        """The part file, locked and empty."""
+        try:
+            while (descriptor := opened_alone(self._part, self._path)) is None:
+                _check_replaceable(self._path)
+            os.ftruncate(descriptor, 0)
+        except OSError as error:
+            raise self._refused(error) from error
+        return os.fdopen(descriptor, "wb")
 
     def _write(self, data: bytes) -> None:
         try:
@@ -296,26 +303,6 @@ def _check_replaceable(path: Path) -> None:
         raise ModelError(
             f"{name} is there and no base of logits", remedy="name another file for the base"
         )
-
-
-def _opened_alone(path: Path) -> int:
-    """The empty file at `path`, locked. Raises OSError; ModelError: another process has it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
-            raise BlockingIOError  # its writer has just renamed it
-        os.ftruncate(descriptor, 0)
-    except (BlockingIOError, FileNotFoundError) as error:
-        os.close(descriptor)
-        raise ModelError(
-            f"{shown(str(path))}: another process is writing it", remedy="wait until it is done"
-        ) from error
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _open(path: Path, name: str) -> int:

@@ -125,30 +125,19 @@ class PartFile:
         os.close(self._descriptor)
 
     def _opened(self) -> int:
-        """The part file, locked. Its writer before may rename it between opening and locking."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        """The part file, locked."""
         while True:
             self._check_target()
             with self._says_why():
-                descriptor = os.open(self.path, flags, 0o666)
-            try:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise ModelError(f"{self.path}: not a regular file", remedy="move it away")
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(status, self.path.lstat()):
-                        self._check_target()
-                        return descriptor
-            except BlockingIOError as e:
-                os.close(descriptor)
-                raise ModelError(
-                    f"{self._target}: another process is writing it", remedy="wait until it is done"
-                ) from e
-            except BaseException:
-                os.close(descriptor)
-                raise
+                descriptor = opened_alone(self.path, self._target)
+            if descriptor is not None:
+                break
+        try:
+            self._check_target()
+        except BaseException:
             os.close(descriptor)
+            raise
+        return descriptor
 
     def _check_target(self) -> None:
         if os.path.lexists(self._target) and not self._force:
@@ -217,6 +206,35 @@ class PartFile:
             where = e.filename or self.path
             remedy = f"make room; {GO_ON}" if e.errno in _NO_ROOM else "may files be made there?"
             raise ModelError(f"can't write {where}: {e.strerror or e}", remedy=remedy) from e
+
+
+def opened_alone(path: Path, target: Path) -> int | None:
+    """A file beside `target`, made if it is not there, opened and locked by this process alone.
+
+    None: its writer before renamed it between opening and locking, so look again. Raises OSError;
+    ModelError: another process has it, or it is no regular file.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its reader.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path}: not a regular file", remedy="move it away")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(status, path.lstat()):
+                return descriptor
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise ModelError(
+            f"{target}: another process is writing it", remedy="wait until it is done"
+        ) from e
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _check(identity: str, done_bytes: int) -> str:
