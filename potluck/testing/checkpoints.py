@@ -54,6 +54,20 @@ _ENDS = {
 }
 _SAFETENSORS_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
+# Heads, ffn and vocabulary can be cut into 8, as 65B's; LLaMA 1's context and epsilon.
+CUT_IN_8 = TinyShape(
+    "f16",
+    dim=64,
+    n_heads=8,
+    n_kv_heads=8,
+    head_dim=8,
+    ffn_dim=192,
+    vocab=424,
+    context_tokens=2048,
+    vocabulary="spm",
+    norm_eps=1e-6,
+)
+
 
 def write_meta(
     folder: Path,
@@ -256,3 +270,10 @@ def _cut(values: F32, cut: str, shard: int, n_shards: int) -> F32:
         raise ValueError(f"{values.shape[axis]} {cut} can't be cut into {n_shards}")
     parts: Sequence[F32] = np.split(values, n_shards, axis=axis)
     return np.ascontiguousarray(parts[shard])
+
+
+def changed_config(folder: Path, **changes: object) -> Path:
+    """Changes keys of a Hugging Face folder's config.json. Returns `folder`."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder

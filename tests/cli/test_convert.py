@@ -14,20 +14,11 @@ import pytest
 from potluck import cli, gguf
 from potluck.cli import writing
 from potluck.model import config_of
-from potluck.testing import TinyShape, write_hugging_face, write_meta, write_tiny
+from potluck.testing import write_hugging_face, write_meta, write_tiny
+from potluck.testing.checkpoints import CUT_IN_8
 from potluck.testing.torch_file import write_torch
 
-SHAPE = TinyShape(
-    "f16",
-    dim=64,
-    n_heads=8,
-    n_kv_heads=8,
-    head_dim=8,
-    ffn_dim=192,
-    vocab=424,
-    vocabulary="spm",
-    norm_eps=1e-6,
-)
+SHAPE = CUT_IN_8
 # Its files are larger than the disk of a test that fills it.
 LARGE = replace(SHAPE, dim=512, head_dim=64, ffn_dim=1024, n_layers=4)
 

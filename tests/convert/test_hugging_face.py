@@ -26,7 +26,7 @@ from potluck.testing import (
     write_gguf,
     write_tiny,
 )
-from potluck.testing.checkpoints import hugging_face_tensors, write_hugging_face
+from potluck.testing.checkpoints import changed_config, hugging_face_tensors, write_hugging_face
 from potluck.testing.safetensors import Stored, indices, stored, write_safetensors
 from potluck.testing.torch_file import TorchTensor, write_torch
 from potluck.type_mix import choice_of
@@ -66,12 +66,6 @@ def refusal(folder: Path) -> str:
     assert str(folder) in caught.value.message
     assert caught.value.message.isprintable()
     return caught.value.message
-
-
-def changed_config(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 def with_tensors(folder: Path, tensors: Mapping[str, Stored]) -> Path:

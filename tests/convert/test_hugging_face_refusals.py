@@ -13,7 +13,7 @@ import pytest
 from potluck.convert.hugging_face import open_hugging_face
 from potluck.errors import ModelError, UnknownModel
 from potluck.testing import TinyShape
-from potluck.testing.checkpoints import hugging_face_tensors, write_hugging_face
+from potluck.testing.checkpoints import changed_config, hugging_face_tensors, write_hugging_face
 from potluck.testing.safetensors import Stored, stored, write_safetensors
 
 SHAPE = TinyShape(weight_type="f32", vocabulary="spm", n_layers=2, seed=3)
@@ -25,12 +25,6 @@ def refusal(folder: Path) -> str:
     assert str(folder) in caught.value.message
     assert caught.value.message.isprintable()
     return caught.value.message
-
-
-def changed_config(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 @pytest.fixture

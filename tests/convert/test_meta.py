@@ -20,22 +20,10 @@ from potluck.convert.meta import open_meta
 from potluck.convert.meta_params import read_params
 from potluck.tensor_source import TensorSource, rows_and_cols
 from potluck.testing import TinyShape, quantize, tiny_values, write_meta
-from potluck.testing.checkpoints import meta_params, meta_tensors
+from potluck.testing.checkpoints import CUT_IN_8, meta_params, meta_tensors
 from potluck.testing.torch_file import write_torch
 
-# Heads, ffn and vocabulary can be cut into 8, as 65B's.
-SHAPE = TinyShape(
-    "f16",
-    dim=64,
-    n_heads=8,
-    n_kv_heads=8,
-    head_dim=8,
-    ffn_dim=192,
-    vocab=424,
-    context_tokens=2048,
-    vocabulary="spm",
-    norm_eps=1e-6,
-)
+SHAPE = CUT_IN_8
 GROUPED = replace(SHAPE, n_kv_heads=4, rope_theta=500_000.0, norm_eps=1e-5)
 
 

@@ -13,24 +13,12 @@ import pytest
 
 from potluck.convert.meta import open_meta
 from potluck.errors import ModelError
-from potluck.testing import TinyShape, write_meta
-from potluck.testing.checkpoints import meta_params, meta_tensors
+from potluck.testing import write_meta
+from potluck.testing.checkpoints import CUT_IN_8, meta_params, meta_tensors
 from potluck.testing.sentence_piece_file import write_sentence_pieces
 from potluck.testing.torch_file import TorchTensor, write_torch
 
-# Heads, ffn and vocabulary can be cut into 8, as 65B's.
-SHAPE = TinyShape(
-    "f16",
-    dim=64,
-    n_heads=8,
-    n_kv_heads=8,
-    head_dim=8,
-    ffn_dim=192,
-    vocab=424,
-    context_tokens=2048,
-    vocabulary="spm",
-    norm_eps=1e-6,
-)
+SHAPE = CUT_IN_8
 
 
 def refused(folder: Path) -> str:

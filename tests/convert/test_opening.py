@@ -27,24 +27,13 @@ from potluck.testing import (
     write_tiny,
 )
 from potluck.testing.adapters import adapter_tensors, write_adapter
+from potluck.testing.checkpoints import CUT_IN_8
 from potluck.type_mix import choice_of
 
 if TYPE_CHECKING:
     from tests.convert.conftest import Logits
 
-# Heads, ffn and vocabulary can be cut into 8, as 65B's.
-SHAPE = TinyShape(
-    "f16",
-    dim=64,
-    n_heads=8,
-    n_kv_heads=8,
-    head_dim=8,
-    ffn_dim=192,
-    vocab=424,
-    context_tokens=2048,
-    vocabulary="spm",
-    norm_eps=1e-6,
-)
+SHAPE = CUT_IN_8
 GROUPED = replace(SHAPE, n_kv_heads=4, rope_theta=500_000.0, norm_eps=1e-5)
 TOKENS = [*range(259, 300), *range(40, 20, -1), 5, 5, 5]
 

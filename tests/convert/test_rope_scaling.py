@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from potluck.convert.hugging_face import open_hugging_face
 from potluck.errors import ModelError
 from potluck.testing import TinyShape
-from potluck.testing.checkpoints import write_hugging_face
+from potluck.testing.checkpoints import changed_config, write_hugging_face
 
 SHAPE = TinyShape(weight_type="f32", vocabulary="spm", n_layers=2, seed=3)
 
@@ -23,12 +22,6 @@ def refusal(folder: Path) -> str:
     assert str(folder) in caught.value.message
     assert caught.value.message.isprintable()
     return caught.value.message
-
-
-def changed_config(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
 
 
 @pytest.fixture
