@@ -6,6 +6,8 @@ No algorithm: that is coordinator/planner.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
 from typing import NewType
 
 from potluck.errors import PlanError
@@ -41,6 +43,54 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """How long a machine takes for a layer of some shape and for the head, measured by its probe.
+
+    `seconds[i]` is of one layer for a step of `rows[i]` rows; both rise. Raises PlanError if they
+    do not, or if they are no times.
+    """
+
+    layer_bytes: int  # weights of the layer that was measured
+    rows: tuple[int, ...]  # the first is 1
+    seconds: tuple[float, ...]
+    head_bytes: int
+    head_seconds: float  # norm and head, one row
+
+    def __post_init__(self) -> None:
+        pairs = list(pairwise(self.rows))
+        if not self.rows or self.rows[0] != 1 or any(a >= b for a, b in pairs):
+            raise PlanError(f"layers were timed for steps of {list(self.rows)} rows")
+        times = (*self.seconds, self.head_seconds)
+        if len(self.seconds) != len(self.rows) or not all(0 < t < inf for t in times):
+            raise PlanError(f"{list(times)} are no times of a layer")
+        if any(a > b for a, b in pairwise(self.seconds)):
+            raise PlanError("more rows took less time")
+        if self.layer_bytes < 1 or self.head_bytes < 0:
+            raise PlanError(f"a layer of {self.layer_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFigures:
+    """The disk with a worker's cache; 0: not measured."""
+
+    free_bytes: int
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """One direction between two machines, when nothing else is sent."""
+
+    rtt_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, n_bytes: int) -> float:
+        """From the first byte's departure to the last one's arrival."""
+        return self.rtt_seconds / 2 + n_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What a worker said of itself at registration; figures measured by its probe."""
 
@@ -54,6 +104,8 @@ class WorkerInfo:
     machine: str = ""
     # Weights on its disk: what memory has room for, which is not for them. None: all is in memory.
     room_bytes: int | None = None
+    times: LayerTimes | None = None  # None: not measured; read bandwidth tells
+    disk: DiskFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,45 +25,45 @@ _sym_db = _symbol_database.Default()
 from potluck.rpc.v1 import types_pb2 as potluck_dot_rpc_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpotluck/rpc/v1/cluster.proto\x12\x0epotluck.rpc.v1\x1a\x1apotluck/rpc/v1/types.proto\"B\n\x0bJoinRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\r\n\x05token\x18\x02 \x01(\t\"W\n\tJoinReply\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x15\n\rfleet_address\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"\x98\x01\n\x0fRegisterRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\tresources\x18\x04 \x01(\x0b\x32\x19.potluck.rpc.v1.Resources\x12\x10\n\x08instance\x18\x05 \x01(\x04\"`\n\rRegisterReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\x12$\n\x05hello\x18\x03 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\"\x97\x02\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.potluck.rpc.v1.WorkerState\x12\x10\n\x08progress\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x10\n\x08sessions\x18\n \x01(\r\x12)\n\x04link\x18\x0b \x01(\x0b\x32\x1b.potluck.rpc.v1.LinkFigures\"\\\n\x0bLinkFigures\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0brtt_seconds\x18\x02 \x01(\x01\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x04 \x01(\x04\"\x1f\n\x0eHeartbeatReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"0\n\x0cLeaveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\"\x0c\n\nLeaveReply\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"w\n\x04Pick\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12)\n\x03top\x18\x04 \x03(\x0b\x32\x1c.potluck.rpc.v1.TokenLogprobB\n\n\x08_logprob\"B\n\nRowsResult\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12#\n\x05picks\x18\x02 \x03(\x0b\x32\x14.potluck.rpc.v1.Pick\"\xac\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12(\n\x04rows\x18\x03 \x03(\x0b\x32\x1a.potluck.rpc.v1.RowsResult\x12)\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x17.potluck.rpc.v1.Failure\x12,\n\x07timings\x18\x05 \x03(\x0b\x32\x1b.potluck.rpc.v1.StageTiming\">\n\tResultAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cheld_seconds\x18\x03 \x01(\x01*\xfc\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x18\n\x14WORKER_STATE_PROBING\x10\x02\x12\x19\n\x15WORKER_STATE_FETCHING\x10\x03\x12\x18\n\x14WORKER_STATE_LOADING\x10\x04\x12\x16\n\x12WORKER_STATE_READY\x10\x05\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x06\x12\x15\n\x11WORKER_STATE_LOST\x10\x07\x12\x1c\n\x18WORKER_STATE_QUARANTINED\x10\x08\x32I\n\x07\x43luster\x12>\n\x04Join\x12\x1b.potluck.rpc.v1.JoinRequest\x1a\x19.potluck.rpc.v1.JoinReply2\xab\x02\n\x05\x46leet\x12J\n\x08Register\x12\x1f.potluck.rpc.v1.RegisterRequest\x1a\x1d.potluck.rpc.v1.RegisterReply\x12M\n\tHeartbeat\x12 .potluck.rpc.v1.HeartbeatRequest\x1a\x1e.potluck.rpc.v1.HeartbeatReply\x12\x41\n\x05Leave\x12\x1c.potluck.rpc.v1.LeaveRequest\x1a\x1a.potluck.rpc.v1.LeaveReply\x12\x44\n\x07Results\x12\x1a.potluck.rpc.v1.StepResult\x1a\x19.potluck.rpc.v1.ResultAck(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpotluck/rpc/v1/cluster.proto\x12\x0epotluck.rpc.v1\x1a\x1apotluck/rpc/v1/types.proto\"B\n\x0bJoinRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\r\n\x05token\x18\x02 \x01(\t\"\x82\x01\n\tJoinReply\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x15\n\rfleet_address\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12)\n\x05shape\x18\x04 \x01(\x0b\x32\x1a.potluck.rpc.v1.LayerShape\"\x98\x01\n\x0fRegisterRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12,\n\tresources\x18\x04 \x01(\x0b\x32\x19.potluck.rpc.v1.Resources\x12\x10\n\x08instance\x18\x05 \x01(\x04\"`\n\rRegisterReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\x12$\n\x05hello\x18\x03 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\"\x97\x02\n\x10HeartbeatRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.potluck.rpc.v1.WorkerState\x12\x10\n\x08progress\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\t \x01(\x04\x12\x10\n\x08sessions\x18\n \x01(\r\x12)\n\x04link\x18\x0b \x01(\x0b\x32\x1b.potluck.rpc.v1.LinkFigures\"\\\n\x0bLinkFigures\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0brtt_seconds\x18\x02 \x01(\x01\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x04 \x01(\x04\"\x1f\n\x0eHeartbeatReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"0\n\x0cLeaveRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x04\"\x0c\n\nLeaveReply\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"w\n\x04Pick\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12)\n\x03top\x18\x04 \x03(\x0b\x32\x1c.potluck.rpc.v1.TokenLogprobB\n\n\x08_logprob\"B\n\nRowsResult\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12#\n\x05picks\x18\x02 \x03(\x0b\x32\x14.potluck.rpc.v1.Pick\"\xac\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12(\n\x04rows\x18\x03 \x03(\x0b\x32\x1a.potluck.rpc.v1.RowsResult\x12)\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x17.potluck.rpc.v1.Failure\x12,\n\x07timings\x18\x05 \x03(\x0b\x32\x1b.potluck.rpc.v1.StageTiming\">\n\tResultAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cheld_seconds\x18\x03 \x01(\x01*\xfc\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_JOINING\x10\x01\x12\x18\n\x14WORKER_STATE_PROBING\x10\x02\x12\x19\n\x15WORKER_STATE_FETCHING\x10\x03\x12\x18\n\x14WORKER_STATE_LOADING\x10\x04\x12\x16\n\x12WORKER_STATE_READY\x10\x05\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x06\x12\x15\n\x11WORKER_STATE_LOST\x10\x07\x12\x1c\n\x18WORKER_STATE_QUARANTINED\x10\x08\x32I\n\x07\x43luster\x12>\n\x04Join\x12\x1b.potluck.rpc.v1.JoinRequest\x1a\x19.potluck.rpc.v1.JoinReply2\xab\x02\n\x05\x46leet\x12J\n\x08Register\x12\x1f.potluck.rpc.v1.RegisterRequest\x1a\x1d.potluck.rpc.v1.RegisterReply\x12M\n\tHeartbeat\x12 .potluck.rpc.v1.HeartbeatRequest\x1a\x1e.potluck.rpc.v1.HeartbeatReply\x12\x41\n\x05Leave\x12\x1c.potluck.rpc.v1.LeaveRequest\x1a\x1a.potluck.rpc.v1.LeaveReply\x12\x44\n\x07Results\x12\x1a.potluck.rpc.v1.StepResult\x1a\x19.potluck.rpc.v1.ResultAck(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'potluck.rpc.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1439
-  _globals['_WORKERSTATE']._serialized_end=1691
+  _globals['_WORKERSTATE']._serialized_start=1483
+  _globals['_WORKERSTATE']._serialized_end=1735
   _globals['_JOINREQUEST']._serialized_start=76
   _globals['_JOINREQUEST']._serialized_end=142
-  _globals['_JOINREPLY']._serialized_start=144
-  _globals['_JOINREPLY']._serialized_end=231
-  _globals['_REGISTERREQUEST']._serialized_start=234
-  _globals['_REGISTERREQUEST']._serialized_end=386
-  _globals['_REGISTERREPLY']._serialized_start=388
-  _globals['_REGISTERREPLY']._serialized_end=484
-  _globals['_HEARTBEATREQUEST']._serialized_start=487
-  _globals['_HEARTBEATREQUEST']._serialized_end=766
-  _globals['_LINKFIGURES']._serialized_start=768
-  _globals['_LINKFIGURES']._serialized_end=860
-  _globals['_HEARTBEATREPLY']._serialized_start=862
-  _globals['_HEARTBEATREPLY']._serialized_end=893
-  _globals['_LEAVEREQUEST']._serialized_start=895
-  _globals['_LEAVEREQUEST']._serialized_end=943
-  _globals['_LEAVEREPLY']._serialized_start=945
-  _globals['_LEAVEREPLY']._serialized_end=957
-  _globals['_TOKENLOGPROB']._serialized_start=959
-  _globals['_TOKENLOGPROB']._serialized_end=1008
-  _globals['_PICK']._serialized_start=1010
-  _globals['_PICK']._serialized_end=1129
-  _globals['_ROWSRESULT']._serialized_start=1131
-  _globals['_ROWSRESULT']._serialized_end=1197
-  _globals['_STEPRESULT']._serialized_start=1200
-  _globals['_STEPRESULT']._serialized_end=1372
-  _globals['_RESULTACK']._serialized_start=1374
-  _globals['_RESULTACK']._serialized_end=1436
-  _globals['_CLUSTER']._serialized_start=1693
-  _globals['_CLUSTER']._serialized_end=1766
-  _globals['_FLEET']._serialized_start=1769
-  _globals['_FLEET']._serialized_end=2068
+  _globals['_JOINREPLY']._serialized_start=145
+  _globals['_JOINREPLY']._serialized_end=275
+  _globals['_REGISTERREQUEST']._serialized_start=278
+  _globals['_REGISTERREQUEST']._serialized_end=430
+  _globals['_REGISTERREPLY']._serialized_start=432
+  _globals['_REGISTERREPLY']._serialized_end=528
+  _globals['_HEARTBEATREQUEST']._serialized_start=531
+  _globals['_HEARTBEATREQUEST']._serialized_end=810
+  _globals['_LINKFIGURES']._serialized_start=812
+  _globals['_LINKFIGURES']._serialized_end=904
+  _globals['_HEARTBEATREPLY']._serialized_start=906
+  _globals['_HEARTBEATREPLY']._serialized_end=937
+  _globals['_LEAVEREQUEST']._serialized_start=939
+  _globals['_LEAVEREQUEST']._serialized_end=987
+  _globals['_LEAVEREPLY']._serialized_start=989
+  _globals['_LEAVEREPLY']._serialized_end=1001
+  _globals['_TOKENLOGPROB']._serialized_start=1003
+  _globals['_TOKENLOGPROB']._serialized_end=1052
+  _globals['_PICK']._serialized_start=1054
+  _globals['_PICK']._serialized_end=1173
+  _globals['_ROWSRESULT']._serialized_start=1175
+  _globals['_ROWSRESULT']._serialized_end=1241
+  _globals['_STEPRESULT']._serialized_start=1244
+  _globals['_STEPRESULT']._serialized_end=1416
+  _globals['_RESULTACK']._serialized_start=1418
+  _globals['_RESULTACK']._serialized_end=1480
+  _globals['_CLUSTER']._serialized_start=1737
+  _globals['_CLUSTER']._serialized_end=1810
+  _globals['_FLEET']._serialized_start=1813
+  _globals['_FLEET']._serialized_end=2112
 # @@protoc_insertion_point(module_scope)

@@ -81,22 +81,28 @@ class JoinReply(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     FLEET_ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
     fleet_address: _builtins.str
     """host:port of the Fleet service"""
     model: _builtins.str
     """name of the model that is to be served"""
     @_builtins.property
     def hello(self) -> _types_pb2.Hello: ...
+    @_builtins.property
+    def shape(self) -> _types_pb2.LayerShape:
+        """what the worker is to measure before it registers; unset: nothing"""
+
     def __init__(
         self,
         *,
         hello: _types_pb2.Hello | None = ...,
         fleet_address: _builtins.str = ...,
         model: _builtins.str = ...,
+        shape: _types_pb2.LayerShape | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet_address", b"fleet_address", "hello", b"hello", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet_address", b"fleet_address", "hello", b"hello", "model", b"model", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

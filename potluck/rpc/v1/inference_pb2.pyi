@@ -572,6 +572,7 @@ class StageStatus(_message.Message):
     WIRE_SECONDS_FIELD_NUMBER: _builtins.int
     WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     SHARD_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_SECONDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     """from 0, in pipeline order"""
     worker: _builtins.str
@@ -583,6 +584,8 @@ class StageStatus(_message.Message):
     wire_seconds: _builtins.float
     wait_seconds: _builtins.float
     shard_bytes: _builtins.int
+    predicted_seconds: _builtins.float
+    """of `compute_seconds`, by the planner"""
     @_builtins.property
     def span(self) -> _types_pb2.Span: ...
     def __init__(
@@ -597,10 +600,11 @@ class StageStatus(_message.Message):
         wire_seconds: _builtins.float = ...,
         wait_seconds: _builtins.float = ...,
         shard_bytes: _builtins.int = ...,
+        predicted_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "memory_bytes", b"memory_bytes", "serialise_seconds", b"serialise_seconds", "shard_bytes", b"shard_bytes", "span", b"span", "stage", b"stage", "wait_seconds", b"wait_seconds", "wire_seconds", b"wire_seconds", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "memory_bytes", b"memory_bytes", "predicted_seconds", b"predicted_seconds", "serialise_seconds", b"serialise_seconds", "shard_bytes", b"shard_bytes", "span", b"span", "stage", b"stage", "wait_seconds", b"wait_seconds", "wire_seconds", b"wire_seconds", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -623,6 +627,12 @@ class WorkerStatus(_message.Message):
     LOAD_DONE_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
+    LOAD_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    LAYER_TIMES_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     address: _builtins.str
     state: _cluster_pb2.WorkerState.ValueType
@@ -638,6 +648,17 @@ class WorkerStatus(_message.Message):
     """while it loads"""
     load_total_bytes: _builtins.int
     machine: _builtins.str
+    load_bytes_per_second: _builtins.float
+    """while it fetches or loads, over the newest seconds"""
+    load_seconds_left: _builtins.float
+    """at that rate; 0: unknown"""
+    fetched_bytes: _builtins.int
+    """of the newest load, from other machines"""
+    fetch_total_bytes: _builtins.int
+    @_builtins.property
+    def layer_times(self) -> _types_pb2.LayerTimes: ...
+    @_builtins.property
+    def disk(self) -> _types_pb2.DiskFigures: ...
     def __init__(
         self,
         *,
@@ -654,10 +675,16 @@ class WorkerStatus(_message.Message):
         load_done_bytes: _builtins.int = ...,
         load_total_bytes: _builtins.int = ...,
         machine: _builtins.str = ...,
+        load_bytes_per_second: _builtins.float = ...,
+        load_seconds_left: _builtins.float = ...,
+        layer_times: _types_pb2.LayerTimes | None = ...,
+        disk: _types_pb2.DiskFigures | None = ...,
+        fetched_bytes: _builtins.int = ...,
+        fetch_total_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "layer_times", b"layer_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "id", b"id", "isa", b"isa", "load_done_bytes", b"load_done_bytes", "load_total_bytes", b"load_total_bytes", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "read_bytes_per_second", b"read_bytes_per_second", "resident_bytes", b"resident_bytes", "seen_seconds", b"seen_seconds", "state", b"state", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "disk", b"disk", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "id", b"id", "isa", b"isa", "layer_times", b"layer_times", "load_bytes_per_second", b"load_bytes_per_second", "load_done_bytes", b"load_done_bytes", "load_seconds_left", b"load_seconds_left", "load_total_bytes", b"load_total_bytes", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "read_bytes_per_second", b"read_bytes_per_second", "resident_bytes", b"resident_bytes", "seen_seconds", b"seen_seconds", "state", b"state", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -695,6 +722,83 @@ class LinkStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkStatus: _TypeAlias = LinkStatus  # noqa: Y015
+
+@_typing.final
+class MeasuredLinkStatus(_message.Message):
+    """A link between two workers as it was measured before the plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    RTT_SECONDS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    to: _builtins.str
+    rtt_seconds: _builtins.float
+    bytes_per_second: _builtins.float
+    def __init__(
+        self,
+        *,
+        to: _builtins.str = ...,
+        rtt_seconds: _builtins.float = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "from", b"from", "rtt_seconds", b"rtt_seconds", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLinkStatus: _TypeAlias = MeasuredLinkStatus  # noqa: Y015
+
+@_typing.final
+class ForecastStatus(_message.Message):
+    """What the planner expects of the plan that is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MOST_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    tokens_per_second: _builtins.float
+    """one session"""
+    total_tokens_per_second: _builtins.float
+    """as many sessions as stages"""
+    most_tokens_per_second: _builtins.float
+    """twice as many"""
+    first_token_seconds: _builtins.float
+    """of a prompt of 512 tokens"""
+    load_seconds: _builtins.float
+    @_builtins.property
+    def advice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """one line each: "w1 alone is faster" """
+
+    @_builtins.property
+    def spares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """workers that hold nothing"""
+
+    def __init__(
+        self,
+        *,
+        tokens_per_second: _builtins.float = ...,
+        total_tokens_per_second: _builtins.float = ...,
+        most_tokens_per_second: _builtins.float = ...,
+        first_token_seconds: _builtins.float = ...,
+        load_seconds: _builtins.float = ...,
+        advice: _abc.Iterable[_builtins.str] | None = ...,
+        spares: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "first_token_seconds", b"first_token_seconds", "load_seconds", b"load_seconds", "most_tokens_per_second", b"most_tokens_per_second", "spares", b"spares", "tokens_per_second", b"tokens_per_second", "total_tokens_per_second", b"total_tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastStatus: _TypeAlias = ForecastStatus  # noqa: Y015
 
 @_typing.final
 class Figures(_message.Message):
@@ -759,6 +863,8 @@ class StatusReply(_message.Message):
     KV_TYPE_FIELD_NUMBER: _builtins.int
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     WIRE_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
+    MEASURED_LINKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     state: _builtins.str
     """waiting, loading, serving, unserved; one word"""
@@ -788,6 +894,12 @@ class StatusReply(_message.Message):
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStatus]: ...
     @_builtins.property
     def figures(self) -> Global___Figures: ...
+    @_builtins.property
+    def forecast(self) -> Global___ForecastStatus:
+        """unset: nothing is planned"""
+
+    @_builtins.property
+    def measured_links(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLinkStatus]: ...
     def __init__(
         self,
         *,
@@ -808,10 +920,12 @@ class StatusReply(_message.Message):
         kv_type: _builtins.str = ...,
         kv_bytes_per_token: _builtins.int = ...,
         wire: _builtins.str = ...,
+        forecast: Global___ForecastStatus | None = ...,
+        measured_links: _abc.Iterable[Global___MeasuredLinkStatus] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "forecast", b"forecast"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "detail", b"detail", "epoch", b"epoch", "expected_workers", b"expected_workers", "figures", b"figures", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_type", b"kv_type", "links", b"links", "model", b"model", "plan", b"plan", "potluck_version", b"potluck_version", "protocol", b"protocol", "queue", b"queue", "sessions", b"sessions", "state", b"state", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "detail", b"detail", "epoch", b"epoch", "expected_workers", b"expected_workers", "figures", b"figures", "forecast", b"forecast", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_type", b"kv_type", "links", b"links", "measured_links", b"measured_links", "model", b"model", "plan", b"plan", "potluck_version", b"potluck_version", "protocol", b"protocol", "queue", b"queue", "sessions", b"sessions", "state", b"state", "wire", b"wire", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

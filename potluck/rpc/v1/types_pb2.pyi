@@ -526,6 +526,8 @@ class Resources(_message.Message):
     MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
     READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    LAYER_TIMES_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """host name"""
     platform: _builtins.str
@@ -546,6 +548,14 @@ class Resources(_message.Message):
     """If weights are mapped from the disk: what memory has room for, which KV and buffers need and two layers at a
     time; memory_free_bytes may be more. Unset: everything is in memory.
     """
+    @_builtins.property
+    def layer_times(self) -> Global___LayerTimes:
+        """unset: not measured"""
+
+    @_builtins.property
+    def disk(self) -> Global___DiskFigures:
+        """of the cache; unset: not measured"""
+
     def __init__(
         self,
         *,
@@ -558,16 +568,158 @@ class Resources(_message.Message):
         memory_free_bytes: _builtins.int = ...,
         read_bytes_per_second: _builtins.float = ...,
         room_bytes: _builtins.int | None = ...,
+        layer_times: Global___LayerTimes | None = ...,
+        disk: Global___DiskFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "room_bytes", b"room_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "disk", b"disk", "layer_times", b"layer_times", "room_bytes", b"room_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "cores", b"cores", "isa", b"isa", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "platform", b"platform", "read_bytes_per_second", b"read_bytes_per_second", "room_bytes", b"room_bytes", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "cores", b"cores", "disk", b"disk", "isa", b"isa", "layer_times", b"layer_times", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "platform", b"platform", "read_bytes_per_second", b"read_bytes_per_second", "room_bytes", b"room_bytes", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__room_bytes: _TypeAlias = _typing.Literal["room_bytes"]  # noqa: Y015
     _WhichOneofArgType__room_bytes: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__room_bytes) -> _WhichOneofReturnType__room_bytes | None: ...
 
 Global___Resources: _TypeAlias = Resources  # noqa: Y015
+
+@_typing.final
+class LayerShape(_message.Message):
+    """Which layers a machine is asked to time: those of the model that is to be served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIM_FIELD_NUMBER: _builtins.int
+    N_LAYERS_FIELD_NUMBER: _builtins.int
+    N_HEADS_FIELD_NUMBER: _builtins.int
+    N_KV_HEADS_FIELD_NUMBER: _builtins.int
+    HEAD_DIM_FIELD_NUMBER: _builtins.int
+    FFN_DIM_FIELD_NUMBER: _builtins.int
+    VOCAB_FIELD_NUMBER: _builtins.int
+    MATRICES_FIELD_NUMBER: _builtins.int
+    HEAD_TYPE_FIELD_NUMBER: _builtins.int
+    dim: _builtins.int
+    n_layers: _builtins.int
+    """of the whole model"""
+    n_heads: _builtins.int
+    n_kv_heads: _builtins.int
+    head_dim: _builtins.int
+    ffn_dim: _builtins.int
+    vocab: _builtins.int
+    head_type: _builtins.str
+    """type of the head's matrix [vocab, dim]"""
+    @_builtins.property
+    def matrices(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixType]:
+        """of the layer with the most bytes, in the order of use"""
+
+    def __init__(
+        self,
+        *,
+        dim: _builtins.int = ...,
+        n_layers: _builtins.int = ...,
+        n_heads: _builtins.int = ...,
+        n_kv_heads: _builtins.int = ...,
+        head_dim: _builtins.int = ...,
+        ffn_dim: _builtins.int = ...,
+        vocab: _builtins.int = ...,
+        matrices: _abc.Iterable[Global___MatrixType] | None = ...,
+        head_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dim", b"dim", "ffn_dim", b"ffn_dim", "head_dim", b"head_dim", "head_type", b"head_type", "matrices", b"matrices", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "vocab", b"vocab"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerShape: _TypeAlias = LayerShape  # noqa: Y015
+
+@_typing.final
+class MatrixType(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """after "blk.N.": "attn_q.weight" """
+    type_name: _builtins.str
+    """"q4_0" """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "type_name", b"type_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatrixType: _TypeAlias = MatrixType  # noqa: Y015
+
+@_typing.final
+class LayerTimes(_message.Message):
+    """How long a machine takes for a layer of the model's shape, and for the head. Weights come from memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_BYTES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    HEAD_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_SECONDS_FIELD_NUMBER: _builtins.int
+    layer_bytes: _builtins.int
+    """weights of the layer that was measured"""
+    head_bytes: _builtins.int
+    head_seconds: _builtins.float
+    """norm and head, one row"""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of a step, rising; the first is 1"""
+
+    @_builtins.property
+    def seconds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of one layer for so many rows, never falling"""
+
+    def __init__(
+        self,
+        *,
+        layer_bytes: _builtins.int = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _abc.Iterable[_builtins.float] | None = ...,
+        head_bytes: _builtins.int = ...,
+        head_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_bytes", b"head_bytes", "head_seconds", b"head_seconds", "layer_bytes", b"layer_bytes", "rows", b"rows", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerTimes: _TypeAlias = LayerTimes  # noqa: Y015
+
+@_typing.final
+class DiskFigures(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    free_bytes: _builtins.int
+    read_bytes_per_second: _builtins.float
+    write_bytes_per_second: _builtins.float
+    def __init__(
+        self,
+        *,
+        free_bytes: _builtins.int = ...,
+        read_bytes_per_second: _builtins.float = ...,
+        write_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "read_bytes_per_second", b"read_bytes_per_second", "write_bytes_per_second", b"write_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskFigures: _TypeAlias = DiskFigures  # noqa: Y015
 
 @_typing.final
 class ModelReference(_message.Message):
@@ -579,6 +731,7 @@ class ModelReference(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     HEADER_SHA256_FIELD_NUMBER: _builtins.int
+    MODIFIED_NS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """catalogue name or file name"""
     path: _builtins.str
@@ -586,6 +739,10 @@ class ModelReference(_message.Message):
     size_bytes: _builtins.int
     header_sha256: _builtins.str
     """of the file from byte 0 to its first tensor, 64 hexadecimal digits"""
+    modified_ns: _builtins.int
+    """When the coordinator's file was last changed, since 1970. The same path, size and time elsewhere: the same file;
+    another one with this header is compared by the sha256 of its tensors. 0: unknown, or there is no file.
+    """
     def __init__(
         self,
         *,
@@ -593,10 +750,11 @@ class ModelReference(_message.Message):
         path: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         header_sha256: _builtins.str = ...,
+        modified_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header_sha256", b"header_sha256", "name", b"name", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header_sha256", b"header_sha256", "modified_ns", b"modified_ns", "name", b"name", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,35 +25,47 @@ _sym_db = _symbol_database.Default()
 from potluck.rpc.v1 import types_pb2 as potluck_dot_rpc_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpotluck/rpc/v1/worker.proto\x12\x0epotluck.rpc.v1\x1a\x1apotluck/rpc/v1/types.proto\"7\n\x0f\x44\x65scribeRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\"\xb2\x01\n\rDescribeReply\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\tresources\x18\x03 \x01(\x0b\x32\x19.potluck.rpc.v1.Resources\x12+\n\x06loaded\x18\x04 \x01(\x0b\x32\x1b.potluck.rpc.v1.LoadedShard\x12\x10\n\x08progress\x18\x05 \x01(\x04\"\xe1\x01\n\x0bLoadedShard\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12-\n\x05model\x18\x02 \x01(\x0b\x32\x1e.potluck.rpc.v1.ModelReference\x12\"\n\x04span\x18\x03 \x01(\x0b\x32\x14.potluck.rpc.v1.Span\x12\x0e\n\x06\x65mbeds\x18\x04 \x01(\x08\x12\x10\n\x08has_head\x18\x05 \x01(\x08\x12\x13\n\x0bshard_bytes\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\x08 \x01(\x04\x12\x10\n\x08sessions\x18\t \x01(\r\",\n\tNextStage\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xf7\x02\n\x0bLoadRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12-\n\x05model\x18\x03 \x01(\x0b\x32\x1e.potluck.rpc.v1.ModelReference\x12\"\n\x04span\x18\x04 \x01(\x0b\x32\x14.potluck.rpc.v1.Span\x12\x0e\n\x06\x65mbeds\x18\x05 \x01(\x08\x12\x10\n\x08has_head\x18\x06 \x01(\x08\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x10\n\x08kv_bytes\x18\x08 \x01(\x04\x12\'\n\x07kv_type\x18\t \x01(\x0e\x32\x16.potluck.rpc.v1.KvType\x12,\n\x04wire\x18\n \x01(\x0e\x32\x1e.potluck.rpc.v1.ActivationType\x12\'\n\x04next\x18\x0b \x01(\x0b\x32\x19.potluck.rpc.v1.NextStage\x12\x14\n\x0cmax_sessions\x18\x0c \x01(\r\"s\n\x0cLoadProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06matrix\x18\x03 \x01(\t\x12*\n\x05ready\x18\x04 \x01(\x0b\x32\x1b.potluck.rpc.v1.LoadedShard\"\xfd\x01\n\x04Step\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x08\x63ommands\x18\x03 \x03(\x0b\x32\x19.potluck.rpc.v1.KvCommand\x12\"\n\x04rows\x18\x04 \x03(\x0b\x32\x14.potluck.rpc.v1.Rows\x12.\n\nactivation\x18\x05 \x01(\x0b\x32\x1a.potluck.rpc.v1.Activation\x12)\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32\x17.potluck.rpc.v1.Failure\x12,\n\x07timings\x18\x07 \x03(\x0b\x32\x1b.potluck.rpc.v1.StageTiming\"f\n\x07StepAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cheld_seconds\x18\x03 \x01(\x01\x12(\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.potluck.rpc.v1.Failure\"0\n\rCancelRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sessions\x18\x02 \x03(\x04\"\r\n\x0b\x43\x61ncelReply*B\n\x06KvType\x12\x17\n\x13KV_TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TYPE_F16\x10\x01\x12\x0e\n\nKV_TYPE_Q8\x10\x02\x32\x99\x02\n\x06Worker\x12J\n\x08\x44\x65scribe\x12\x1f.potluck.rpc.v1.DescribeRequest\x1a\x1d.potluck.rpc.v1.DescribeReply\x12\x43\n\x04Load\x12\x1b.potluck.rpc.v1.LoadRequest\x1a\x1c.potluck.rpc.v1.LoadProgress0\x01\x12\x38\n\x03Run\x12\x14.potluck.rpc.v1.Step\x1a\x17.potluck.rpc.v1.StepAck(\x01\x30\x01\x12\x44\n\x06\x43\x61ncel\x12\x1d.potluck.rpc.v1.CancelRequest\x1a\x1b.potluck.rpc.v1.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpotluck/rpc/v1/worker.proto\x12\x0epotluck.rpc.v1\x1a\x1apotluck/rpc/v1/types.proto\"-\n\nLinkTarget\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"B\n\x13MeasureLinksRequest\x12+\n\x07targets\x18\x01 \x03(\x0b\x32\x1a.potluck.rpc.v1.LinkTarget\"M\n\x0cMeasuredLink\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0brtt_seconds\x18\x02 \x01(\x01\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\"@\n\x11MeasureLinksReply\x12+\n\x05links\x18\x01 \x03(\x0b\x32\x1c.potluck.rpc.v1.MeasuredLink\"\x1e\n\x0b\x45\x63hoRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x1f\n\tEchoReply\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\"7\n\x0f\x44\x65scribeRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\"\xb2\x01\n\rDescribeReply\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12,\n\tresources\x18\x03 \x01(\x0b\x32\x19.potluck.rpc.v1.Resources\x12+\n\x06loaded\x18\x04 \x01(\x0b\x32\x1b.potluck.rpc.v1.LoadedShard\x12\x10\n\x08progress\x18\x05 \x01(\x04\"\xe1\x01\n\x0bLoadedShard\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12-\n\x05model\x18\x02 \x01(\x0b\x32\x1e.potluck.rpc.v1.ModelReference\x12\"\n\x04span\x18\x03 \x01(\x0b\x32\x14.potluck.rpc.v1.Span\x12\x0e\n\x06\x65mbeds\x18\x04 \x01(\x08\x12\x10\n\x08has_head\x18\x05 \x01(\x08\x12\x13\n\x0bshard_bytes\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x15\n\rkv_used_bytes\x18\x08 \x01(\x04\x12\x10\n\x08sessions\x18\t \x01(\r\",\n\tNextStage\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xc0\x03\n\x0bLoadRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x15.potluck.rpc.v1.Hello\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12-\n\x05model\x18\x03 \x01(\x0b\x32\x1e.potluck.rpc.v1.ModelReference\x12\"\n\x04span\x18\x04 \x01(\x0b\x32\x14.potluck.rpc.v1.Span\x12\x0e\n\x06\x65mbeds\x18\x05 \x01(\x08\x12\x10\n\x08has_head\x18\x06 \x01(\x08\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x10\n\x08kv_bytes\x18\x08 \x01(\x04\x12\'\n\x07kv_type\x18\t \x01(\x0e\x32\x16.potluck.rpc.v1.KvType\x12,\n\x04wire\x18\n \x01(\x0e\x32\x1e.potluck.rpc.v1.ActivationType\x12\'\n\x04next\x18\x0b \x01(\x0b\x32\x19.potluck.rpc.v1.NextStage\x12\x14\n\x0cmax_sessions\x18\x0c \x01(\r\x12\x17\n\x0fweights_address\x18\r \x01(\t\x12.\n\nneighbours\x18\x0e \x03(\x0b\x32\x1a.potluck.rpc.v1.LinkTarget\"\xa5\x01\n\x0cLoadProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06matrix\x18\x03 \x01(\t\x12*\n\x05ready\x18\x04 \x01(\x0b\x32\x1b.potluck.rpc.v1.LoadedShard\x12\x15\n\rfetched_bytes\x18\x05 \x01(\x04\x12\x19\n\x11\x66\x65tch_total_bytes\x18\x06 \x01(\x04\"\xfd\x01\n\x04Step\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x08\x63ommands\x18\x03 \x03(\x0b\x32\x19.potluck.rpc.v1.KvCommand\x12\"\n\x04rows\x18\x04 \x03(\x0b\x32\x14.potluck.rpc.v1.Rows\x12.\n\nactivation\x18\x05 \x01(\x0b\x32\x1a.potluck.rpc.v1.Activation\x12)\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32\x17.potluck.rpc.v1.Failure\x12,\n\x07timings\x18\x07 \x03(\x0b\x32\x1b.potluck.rpc.v1.StageTiming\"f\n\x07StepAck\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cheld_seconds\x18\x03 \x01(\x01\x12(\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x17.potluck.rpc.v1.Failure\"0\n\rCancelRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sessions\x18\x02 \x03(\x04\"\r\n\x0b\x43\x61ncelReply*B\n\x06KvType\x12\x17\n\x13KV_TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TYPE_F16\x10\x01\x12\x0e\n\nKV_TYPE_Q8\x10\x02\x32\xb1\x03\n\x06Worker\x12J\n\x08\x44\x65scribe\x12\x1f.potluck.rpc.v1.DescribeRequest\x1a\x1d.potluck.rpc.v1.DescribeReply\x12\x43\n\x04Load\x12\x1b.potluck.rpc.v1.LoadRequest\x1a\x1c.potluck.rpc.v1.LoadProgress0\x01\x12\x38\n\x03Run\x12\x14.potluck.rpc.v1.Step\x1a\x17.potluck.rpc.v1.StepAck(\x01\x30\x01\x12\x44\n\x06\x43\x61ncel\x12\x1d.potluck.rpc.v1.CancelRequest\x1a\x1b.potluck.rpc.v1.CancelReply\x12V\n\x0cMeasureLinks\x12#.potluck.rpc.v1.MeasureLinksRequest\x1a!.potluck.rpc.v1.MeasureLinksReply\x12>\n\x04\x45\x63ho\x12\x1b.potluck.rpc.v1.EchoRequest\x1a\x19.potluck.rpc.v1.EchoReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'potluck.rpc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVTYPE']._serialized_start=1507
-  _globals['_KVTYPE']._serialized_end=1573
-  _globals['_DESCRIBEREQUEST']._serialized_start=75
-  _globals['_DESCRIBEREQUEST']._serialized_end=130
-  _globals['_DESCRIBEREPLY']._serialized_start=133
-  _globals['_DESCRIBEREPLY']._serialized_end=311
-  _globals['_LOADEDSHARD']._serialized_start=314
-  _globals['_LOADEDSHARD']._serialized_end=539
-  _globals['_NEXTSTAGE']._serialized_start=541
-  _globals['_NEXTSTAGE']._serialized_end=585
-  _globals['_LOADREQUEST']._serialized_start=588
-  _globals['_LOADREQUEST']._serialized_end=963
-  _globals['_LOADPROGRESS']._serialized_start=965
-  _globals['_LOADPROGRESS']._serialized_end=1080
-  _globals['_STEP']._serialized_start=1083
-  _globals['_STEP']._serialized_end=1336
-  _globals['_STEPACK']._serialized_start=1338
-  _globals['_STEPACK']._serialized_end=1440
-  _globals['_CANCELREQUEST']._serialized_start=1442
-  _globals['_CANCELREQUEST']._serialized_end=1490
-  _globals['_CANCELREPLY']._serialized_start=1492
-  _globals['_CANCELREPLY']._serialized_end=1505
-  _globals['_WORKER']._serialized_start=1576
-  _globals['_WORKER']._serialized_end=1857
+  _globals['_KVTYPE']._serialized_start=1956
+  _globals['_KVTYPE']._serialized_end=2022
+  _globals['_LINKTARGET']._serialized_start=75
+  _globals['_LINKTARGET']._serialized_end=120
+  _globals['_MEASURELINKSREQUEST']._serialized_start=122
+  _globals['_MEASURELINKSREQUEST']._serialized_end=188
+  _globals['_MEASUREDLINK']._serialized_start=190
+  _globals['_MEASUREDLINK']._serialized_end=267
+  _globals['_MEASURELINKSREPLY']._serialized_start=269
+  _globals['_MEASURELINKSREPLY']._serialized_end=333
+  _globals['_ECHOREQUEST']._serialized_start=335
+  _globals['_ECHOREQUEST']._serialized_end=365
+  _globals['_ECHOREPLY']._serialized_start=367
+  _globals['_ECHOREPLY']._serialized_end=398
+  _globals['_DESCRIBEREQUEST']._serialized_start=400
+  _globals['_DESCRIBEREQUEST']._serialized_end=455
+  _globals['_DESCRIBEREPLY']._serialized_start=458
+  _globals['_DESCRIBEREPLY']._serialized_end=636
+  _globals['_LOADEDSHARD']._serialized_start=639
+  _globals['_LOADEDSHARD']._serialized_end=864
+  _globals['_NEXTSTAGE']._serialized_start=866
+  _globals['_NEXTSTAGE']._serialized_end=910
+  _globals['_LOADREQUEST']._serialized_start=913
+  _globals['_LOADREQUEST']._serialized_end=1361
+  _globals['_LOADPROGRESS']._serialized_start=1364
+  _globals['_LOADPROGRESS']._serialized_end=1529
+  _globals['_STEP']._serialized_start=1532
+  _globals['_STEP']._serialized_end=1785
+  _globals['_STEPACK']._serialized_start=1787
+  _globals['_STEPACK']._serialized_end=1889
+  _globals['_CANCELREQUEST']._serialized_start=1891
+  _globals['_CANCELREQUEST']._serialized_end=1939
+  _globals['_CANCELREPLY']._serialized_start=1941
+  _globals['_CANCELREPLY']._serialized_end=1954
+  _globals['_WORKER']._serialized_start=2025
+  _globals['_WORKER']._serialized_end=2458
 # @@protoc_insertion_point(module_scope)

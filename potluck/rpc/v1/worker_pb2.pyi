@@ -42,6 +42,136 @@ KV_TYPE_Q8: KvType.ValueType  # 2
 Global___KvType: _TypeAlias = KvType  # noqa: Y015
 
 @_typing.final
+class LinkTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    address: _builtins.str
+    """host:port of its Worker service"""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkTarget: _TypeAlias = LinkTarget  # noqa: Y015
+
+@_typing.final
+class MeasureLinksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkTarget]: ...
+    def __init__(
+        self,
+        *,
+        targets: _abc.Iterable[Global___LinkTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinksRequest: _TypeAlias = MeasureLinksRequest  # noqa: Y015
+
+@_typing.final
+class MeasuredLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    RTT_SECONDS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """at the other end"""
+    rtt_seconds: _builtins.float
+    """of an exchange of 16 KiB, the median; 0: it does not answer"""
+    bytes_per_second: _builtins.float
+    """from here to there, in exchanges of 1 MiB"""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        rtt_seconds: _builtins.float = ...,
+        bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "rtt_seconds", b"rtt_seconds", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLink: _TypeAlias = MeasuredLink  # noqa: Y015
+
+@_typing.final
+class MeasureLinksReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLink]: ...
+    def __init__(
+        self,
+        *,
+        links: _abc.Iterable[Global___MeasuredLink] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinksReply: _TypeAlias = MeasureLinksReply  # noqa: Y015
+
+@_typing.final
+class EchoRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    payload: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EchoRequest: _TypeAlias = EchoRequest  # noqa: Y015
+
+@_typing.final
+class EchoReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    """of the payload"""
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EchoReply: _TypeAlias = EchoReply  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -188,6 +318,8 @@ class LoadRequest(_message.Message):
     WIRE_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
     MAX_SESSIONS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_ADDRESS_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """of the plan; above every earlier one; 0 is refused"""
     embeds: _builtins.bool
@@ -203,6 +335,8 @@ class LoadRequest(_message.Message):
     """of the activations this stage sends"""
     max_sessions: _builtins.int
     """0: 256"""
+    weights_address: _builtins.str
+    """host:port of the coordinator's Weights service; empty: it serves none"""
     @_builtins.property
     def hello(self) -> _types_pb2.Hello: ...
     @_builtins.property
@@ -211,6 +345,10 @@ class LoadRequest(_message.Message):
     def span(self) -> _types_pb2.Span: ...
     @_builtins.property
     def next(self) -> Global___NextStage: ...
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkTarget]:
+        """other workers, whose Weights services may have tensors"""
+
     def __init__(
         self,
         *,
@@ -226,10 +364,12 @@ class LoadRequest(_message.Message):
         wire: _types_pb2.ActivationType.ValueType = ...,
         next: Global___NextStage | None = ...,
         max_sessions: _builtins.int = ...,
+        weights_address: _builtins.str = ...,
+        neighbours: _abc.Iterable[Global___LinkTarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "model", b"model", "next", b"next", "span", b"span"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "embeds", b"embeds", "epoch", b"epoch", "has_head", b"has_head", "hello", b"hello", "kv_bytes", b"kv_bytes", "kv_type", b"kv_type", "max_sessions", b"max_sessions", "model", b"model", "next", b"next", "span", b"span", "wire", b"wire"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "embeds", b"embeds", "epoch", b"epoch", "has_head", b"has_head", "hello", b"hello", "kv_bytes", b"kv_bytes", "kv_type", b"kv_type", "max_sessions", b"max_sessions", "model", b"model", "neighbours", b"neighbours", "next", b"next", "span", b"span", "weights_address", b"weights_address", "wire", b"wire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,11 +385,17 @@ class LoadProgress(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MATRIX_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    FETCH_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     """of the file's tensors in this span"""
     total_bytes: _builtins.int
     matrix: _builtins.str
     """the last one that was loaded"""
+    fetched_bytes: _builtins.int
+    """brought from other machines so far"""
+    fetch_total_bytes: _builtins.int
+    """that have to be brought; above `fetched_bytes`: it is fetching, not yet loading"""
     @_builtins.property
     def ready(self) -> Global___LoadedShard:
         """set in the last message only"""
@@ -261,10 +407,12 @@ class LoadProgress(_message.Message):
         total_bytes: _builtins.int = ...,
         matrix: _builtins.str = ...,
         ready: Global___LoadedShard | None = ...,
+        fetched_bytes: _builtins.int = ...,
+        fetch_total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "matrix", b"matrix", "ready", b"ready", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "matrix", b"matrix", "ready", b"ready", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,16 @@ class WorkerStub:
                 request_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelRequest.SerializeToString,
                 response_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelReply.FromString,
                 _registered_method=True)
+        self.MeasureLinks = channel.unary_unary(
+                '/potluck.rpc.v1.Worker/MeasureLinks',
+                request_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksRequest.SerializeToString,
+                response_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksReply.FromString,
+                _registered_method=True)
+        self.Echo = channel.unary_unary(
+                '/potluck.rpc.v1.Worker/Echo',
+                request_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoRequest.SerializeToString,
+                response_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -91,6 +101,21 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLinks(self, request, context):
+        """Measures the links from here to other workers, one after the other, by Echo. The coordinator asks one worker at a
+        time, while no step is under way. Deadline: 5 s a target.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Echo(self, request, context):
+        """One exchange of a measurement. INVALID_ARGUMENT: more than 1 MiB. Deadline: 5 s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +138,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelRequest.FromString,
                     response_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelReply.SerializeToString,
+            ),
+            'MeasureLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLinks,
+                    request_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksRequest.FromString,
+                    response_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksReply.SerializeToString,
+            ),
+            'Echo': grpc.unary_unary_rpc_method_handler(
+                    servicer.Echo,
+                    request_deserializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoRequest.FromString,
+                    response_serializer=potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +258,60 @@ class Worker:
             '/potluck.rpc.v1.Worker/Cancel',
             potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelRequest.SerializeToString,
             potluck_dot_rpc_dot_v1_dot_worker__pb2.CancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck.rpc.v1.Worker/MeasureLinks',
+            potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksRequest.SerializeToString,
+            potluck_dot_rpc_dot_v1_dot_worker__pb2.MeasureLinksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Echo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck.rpc.v1.Worker/Echo',
+            potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoRequest.SerializeToString,
+            potluck_dot_rpc_dot_v1_dot_worker__pb2.EchoReply.FromString,
             options,
             channel_credentials,
             insecure,

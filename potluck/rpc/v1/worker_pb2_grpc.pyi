@@ -45,6 +45,12 @@ class WorkerStub:
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.CancelRequest, _worker_pb2.CancelReply]
     """Makes rows of older epochs stale at once, outside the links. Deadline: 2 s."""
+    MeasureLinks: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinksRequest, _worker_pb2.MeasureLinksReply]
+    """Measures the links from here to other workers, one after the other, by Echo. The coordinator asks one worker at a
+    time, while no step is under way. Deadline: 5 s a target.
+    """
+    Echo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.EchoRequest, _worker_pb2.EchoReply]
+    """One exchange of a measurement. INVALID_ARGUMENT: more than 1 MiB. Deadline: 5 s."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -63,6 +69,12 @@ class WorkerAsyncStub(WorkerStub):
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_worker_pb2.CancelRequest, _worker_pb2.CancelReply]  # type: ignore[assignment]
     """Makes rows of older epochs stale at once, outside the links. Deadline: 2 s."""
+    MeasureLinks: _aio.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinksRequest, _worker_pb2.MeasureLinksReply]  # type: ignore[assignment]
+    """Measures the links from here to other workers, one after the other, by Echo. The coordinator asks one worker at a
+    time, while no step is under way. Deadline: 5 s a target.
+    """
+    Echo: _aio.UnaryUnaryMultiCallable[_worker_pb2.EchoRequest, _worker_pb2.EchoReply]  # type: ignore[assignment]
+    """One exchange of a measurement. INVALID_ARGUMENT: more than 1 MiB. Deadline: 5 s."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -102,5 +114,23 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.CancelReply, _abc.Awaitable[_worker_pb2.CancelReply]]:
         """Makes rows of older epochs stale at once, outside the links. Deadline: 2 s."""
+
+    @_abc_1.abstractmethod
+    def MeasureLinks(
+        self,
+        request: _worker_pb2.MeasureLinksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.MeasureLinksReply, _abc.Awaitable[_worker_pb2.MeasureLinksReply]]:
+        """Measures the links from here to other workers, one after the other, by Echo. The coordinator asks one worker at a
+        time, while no step is under way. Deadline: 5 s a target.
+        """
+
+    @_abc_1.abstractmethod
+    def Echo(
+        self,
+        request: _worker_pb2.EchoRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.EchoReply, _abc.Awaitable[_worker_pb2.EchoReply]]:
+        """One exchange of a measurement. INVALID_ARGUMENT: more than 1 MiB. Deadline: 5 s."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
