@@ -6,7 +6,9 @@ back.
 
 Rules. A session has at most one decode row in flight, but many chunks of its prompt: links keep
 order. Decode rows go first, longest waiting first, spread over the stages: rows in one step share
-the weights, yet an idle stage wastes all of its bandwidth (PIPELINE section 5). Prompts take turns,
+the weights, yet an idle stage wastes all of its bandwidth (PIPELINE section 5). With as many steps
+in flight as stages, none of them is idle: a further step waits until it has its whole share, or
+sessions that once stood in a step of their own would do so for ever. Prompts take turns,
 a chunk each, so a short one does not wait behind a long one. A session is admitted when its whole
 room (prompt and longest answer, in pages) fits beside all other rooms, in the order of arrival, so
 nobody starves and no stage runs out of pages in mid-answer.
@@ -171,7 +173,7 @@ class Scheduler:
 
     def next_batch(self) -> Batch | None:
         """The next step's content, or None if nothing is to be done now."""
-        rows = [*self._decode_rows()]
+        rows = [*self._decode_rows()] if self._is_due() else []
         rows += self._prompt_rows(
             self.limits.step_tokens - len(rows), self.limits.step_picks - len(rows)
         )
@@ -203,10 +205,23 @@ class Scheduler:
             self._prompts.append(session.id)
             self._opens.append(Room(session.id, session.room_tokens))
 
+    def _share(self) -> int:
+        """Decode rows of a step when sessions are spread evenly over the stages."""
+        even = -(-len(self._places) // self.limits.n_stages)
+        return min(even, self.limits.step_tokens, self.limits.step_picks)
+
+    def _is_due(self) -> bool:
+        """Whether decode rows go now: a stage may be idle, a prompt's step takes them along, or
+        there are so many that waiting would bring no more.
+
+        Simulated with 8 sessions on 4 equal stages (bench/simulate.py): without this five steps
+        of 2, 2, 2, 1 and 1 rows went round, and 20 % fewer tokens came back than from four of 2.
+        """
+        is_filled = len(self._in_flight) >= self.limits.n_stages
+        return not is_filled or bool(self._prompts) or len(self._ready) >= self._share()
+
     def _decode_rows(self) -> Iterator[BatchRows]:
-        share = -(-len(self._places) // self.limits.n_stages)
-        most = min(self.limits.step_tokens, self.limits.step_picks)
-        for _ in range(min(share, len(self._ready), most)):
+        for _ in range(min(self._share(), len(self._ready))):
             place = self._places[self._ready.popleft()]
             yield _take(place, 1, 1)
 

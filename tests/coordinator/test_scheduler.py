@@ -131,6 +131,34 @@ def test_ready_sessions_are_spread_over_the_stages() -> None:
     assert [row[0] for row in rows_of(s.next_batch())] == [3, 4]
 
 
+@pytest.mark.parametrize(("n_sessions", "n_stages"), [(8, 4), (4, 2), (2, 1), (7, 3), (5, 4)])
+def test_sessions_that_began_one_by_one_end_up_in_a_step_per_stage(
+    n_sessions: int, n_stages: int
+) -> None:
+    arriving = [session(i, prompt=2, max_tokens=60) for i in range(1, n_sessions + 1)]
+    s = scheduler(n_stages=n_stages, max_sessions=n_sessions)
+    batches: list[Batch] = []
+    n_in_flight = 0
+    while arriving or s.n_sessions == n_sessions:
+        if arriving:
+            s.add(arriving.pop())
+        while n_in_flight <= n_stages and (batch := s.next_batch()) is not None:
+            batches.append(batch)
+            n_in_flight += 1
+        commit(s)
+        n_in_flight -= 1
+    rows = [batch.n_rows for batch in batches[-6 * n_stages : -2 * n_stages]]
+    assert sum(rows) / len(rows) >= n_sessions / n_stages
+    assert max(rows) == -(-n_sessions // n_stages)
+
+
+def test_a_whole_share_of_rows_goes_even_with_every_stage_busy() -> None:
+    s = scheduler(*(session(i, prompt=1) for i in (1, 2)))
+    assert [len(rows_of(s.next_batch())) for _ in range(1)] == [2]
+    commit(s)
+    assert [len(rows_of(s.next_batch())) for _ in range(2)] == [1, 1]
+
+
 def test_a_batch_of_decode_rows_is_called_so() -> None:
     s = scheduler(session(1, prompt=1))
     s.next_batch()
