@@ -17,6 +17,7 @@ from types import ModuleType
 
 from potluck.cli import logs, parser
 from potluck.errors import Cancelled, PotluckError, UsageError
+from potluck.near_words import nearest
 
 # In the order in which people meet them.
 COMMANDS = {
@@ -117,7 +118,7 @@ def _run(arguments: Sequence[str]) -> int:
     if command not in command_names():
         what = "option" if command.startswith("-") else "command"
         raise UsageError(
-            f"unknown {what} {command!r}{parser.nearest(command, command_names())}",
+            f"unknown {what} {command!r}{nearest(command, command_names())}",
             remedy="`potluck --help` lists them",
         )
     made = parser_of(command)

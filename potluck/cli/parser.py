@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from potluck.errors import UsageError
+from potluck.near_words import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,9 +37,3 @@ class Parser(argparse.ArgumentParser):
         if name.startswith("-"):
             self.error(f"unknown option {name}{nearest(name, self.option_strings())}")
         return self.error(f"{unknown[0]!r} is one argument too many")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'chat'?", or nothing if no known word is near."""
-    found = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(f) for f in found)}?" if found else ""

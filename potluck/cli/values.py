@@ -11,9 +11,7 @@ import os
 import re
 from collections.abc import Callable
 
-_UNITS = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_UNITS |= {f"{u}b": f for u, f in _UNITS.items() if u not in ("", "b")}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+from potluck.written_size import bytes_of
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -130,11 +128,10 @@ def stop_text(text: str) -> str:
 
 def size_bytes(text: str) -> int:
     """Bytes: "500000000", "2 GiB", "1.5GB". Raises ArgumentTypeError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if not found or unit is None or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"bytes or a size such as '2 GiB', not {text!r}")
-    return round(float(found[1]) * unit)
+    try:
+        return bytes_of(text)
+    except ValueError as wrong:
+        raise argparse.ArgumentTypeError(str(wrong)) from None
 
 
 def from_environment(name: str) -> str | None:
