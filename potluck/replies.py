@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from potluck.plan import DiskFigures, LayerTimes
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerOptions:
@@ -145,6 +147,7 @@ class StageReport:
     serialise_seconds: float
     wire_seconds: float
     wait_seconds: float
+    predicted_seconds: float = 0.0  # of `compute_seconds`, by the planner; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,10 @@ class WorkerReport:
     load_done_bytes: int
     load_total_bytes: int
     machine: str
+    offered_bytes: int = 0  # that a shard and KV may take, when it held none
+    room_bytes: int | None = None  # of that, memory, if its weights are mapped from its disk
+    layer_times: LayerTimes | None = None  # None: not measured
+    disk: DiskFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,29 @@ class LinkReport:
     bytes_per_second: float
     sent_bytes: int
     activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLinkReport:
+    """A link as it was measured before the plan; ends as in LinkReport."""
+
+    start: str
+    end: str
+    rtt_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastReport:
+    """What the planner expects of the plan that is served."""
+
+    tokens_per_second: float  # one session
+    total_tokens_per_second: float  # as many sessions as stages
+    most_tokens_per_second: float  # twice as many
+    first_token_seconds: float  # of a prompt of 512 tokens
+    load_seconds: float
+    advice: tuple[str, ...] = ()  # one line each
+    spares: tuple[str, ...] = ()  # workers that hold nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +242,8 @@ class ServiceReport:
     wire: str  # f32, f16 or q8
     kv_bytes_per_token: int  # of one position of one session, all layers
     figures: FiguresReport = field(default_factory=FiguresReport)
+    forecast: ForecastReport | None = None  # None: nothing is planned
+    measured_links: tuple[MeasuredLinkReport, ...] = ()
 
     @property
     def is_serving(self) -> bool:

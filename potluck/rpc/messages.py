@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from potluck import replies
+from potluck.rpc.measured import disk_of, layer_times_of
 from potluck.rpc.v1 import cluster_pb2, inference_pb2
 
 
@@ -98,6 +99,8 @@ def service_of(reply: inference_pb2.StatusReply) -> replies.ServiceReport:
         wire=reply.wire or "f32",
         kv_bytes_per_token=reply.kv_bytes_per_token,
         figures=_figures(reply.figures),
+        forecast=_forecast(reply.forecast) if reply.HasField("forecast") else None,
+        measured_links=tuple(_measured_link(x) for x in reply.measured_links),
     )
 
 
@@ -118,6 +121,7 @@ def _stage(stage: inference_pb2.StageStatus) -> replies.StageReport:
         serialise_seconds=stage.serialise_seconds,
         wire_seconds=stage.wire_seconds,
         wait_seconds=stage.wait_seconds,
+        predicted_seconds=stage.predicted_seconds,
     )
 
 
@@ -136,6 +140,10 @@ def _worker(worker: inference_pb2.WorkerStatus) -> replies.WorkerReport:
         load_done_bytes=worker.load_done_bytes,
         load_total_bytes=worker.load_total_bytes,
         machine=worker.machine,
+        offered_bytes=worker.offered_bytes or worker.memory_free_bytes,
+        room_bytes=worker.room_bytes if worker.HasField("room_bytes") else None,
+        layer_times=layer_times_of(worker.layer_times) if worker.HasField("layer_times") else None,
+        disk=disk_of(worker.disk) if worker.HasField("disk") else None,
     )
 
 
@@ -147,6 +155,27 @@ def _link(link: inference_pb2.LinkStatus) -> replies.LinkReport:
         bytes_per_second=link.bytes_per_second,
         sent_bytes=link.sent_bytes,
         activation_bytes=link.activation_bytes,
+    )
+
+
+def _measured_link(link: inference_pb2.MeasuredLinkStatus) -> replies.MeasuredLinkReport:
+    return replies.MeasuredLinkReport(
+        start=getattr(link, "from"),  # a keyword of Python
+        end=link.to,
+        rtt_seconds=link.rtt_seconds,
+        bytes_per_second=link.bytes_per_second,
+    )
+
+
+def _forecast(forecast: inference_pb2.ForecastStatus) -> replies.ForecastReport:
+    return replies.ForecastReport(
+        tokens_per_second=forecast.tokens_per_second,
+        total_tokens_per_second=forecast.total_tokens_per_second,
+        most_tokens_per_second=forecast.most_tokens_per_second,
+        first_token_seconds=forecast.first_token_seconds,
+        load_seconds=forecast.load_seconds,
+        advice=tuple(forecast.advice),
+        spares=tuple(forecast.spares),
     )
 
 

@@ -633,6 +633,8 @@ class WorkerStatus(_message.Message):
     DISK_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     FETCH_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    OFFERED_BYTES_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     address: _builtins.str
     state: _cluster_pb2.WorkerState.ValueType
@@ -655,6 +657,10 @@ class WorkerStatus(_message.Message):
     fetched_bytes: _builtins.int
     """of the newest load, from other machines"""
     fetch_total_bytes: _builtins.int
+    offered_bytes: _builtins.int
+    """that a shard and its KV may take, as it said when it held none"""
+    room_bytes: _builtins.int
+    """as in Resources, then"""
     @_builtins.property
     def layer_times(self) -> _types_pb2.LayerTimes: ...
     @_builtins.property
@@ -681,12 +687,16 @@ class WorkerStatus(_message.Message):
         disk: _types_pb2.DiskFigures | None = ...,
         fetched_bytes: _builtins.int = ...,
         fetch_total_bytes: _builtins.int = ...,
+        offered_bytes: _builtins.int = ...,
+        room_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "layer_times", b"layer_times"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "disk", b"disk", "layer_times", b"layer_times", "room_bytes", b"room_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "disk", b"disk", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "id", b"id", "isa", b"isa", "layer_times", b"layer_times", "load_bytes_per_second", b"load_bytes_per_second", "load_done_bytes", b"load_done_bytes", "load_seconds_left", b"load_seconds_left", "load_total_bytes", b"load_total_bytes", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "read_bytes_per_second", b"read_bytes_per_second", "resident_bytes", b"resident_bytes", "seen_seconds", b"seen_seconds", "state", b"state", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "address", b"address", "disk", b"disk", "fetch_total_bytes", b"fetch_total_bytes", "fetched_bytes", b"fetched_bytes", "id", b"id", "isa", b"isa", "layer_times", b"layer_times", "load_bytes_per_second", b"load_bytes_per_second", "load_done_bytes", b"load_done_bytes", "load_seconds_left", b"load_seconds_left", "load_total_bytes", b"load_total_bytes", "machine", b"machine", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "offered_bytes", b"offered_bytes", "read_bytes_per_second", b"read_bytes_per_second", "resident_bytes", b"resident_bytes", "room_bytes", b"room_bytes", "seen_seconds", b"seen_seconds", "state", b"state", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__room_bytes: _TypeAlias = _typing.Literal["room_bytes"]  # noqa: Y015
+    _WhichOneofArgType__room_bytes: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__room_bytes) -> _WhichOneofReturnType__room_bytes | None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
