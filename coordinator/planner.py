@@ -1,68 +1,100 @@
 """Which worker holds which layers.
 
-Pure: the same model and workers give the same plan. It starts nothing and reads no clock. First
-version: every worker that is given becomes a stage, so that what people started is what is used;
-layers are spread so that the slowest stage is as fast as it can be (decode reads a stage's weights
-once a token, so a stage's time is its bytes over its machine's measured read bandwidth), never over
-a worker's memory.
+Pure: the same model, workers and wishes give the same plan. It starts nothing and reads no clock.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from potluck import model
+from coordinator.every_worker import spread
+from coordinator.forecast import Forecast, forecast_of
+from coordinator.limits import PlanLimits, WorkerLimits, usable
+from coordinator.sizes import ModelSizes, end_bytes, size_text, sizes_of, whole_pages
 from potluck.errors import PlanError
-from potluck.gguf import GgufFile
-from potluck.model import KV_PAGE_TOKENS, SCRATCH_BYTES, KvType, ModelConfig
-from potluck.plan import Plan, Span, Stage, WorkerInfo
+from potluck.plan import Links, Plan, Span, Stage, WorkerId, WorkerInfo
 
-# Ends are tried among so many workers that have most memory or bandwidth: 132 orders of 80 layers
-# plan in 20 to 50 ms (Zen 3), and a machine that is neither large nor fast makes no good end.
-_ENDS_TRIED = 12
+__all__ = [
+    "Asked",
+    "Forecast",
+    "Links",
+    "ModelSizes",
+    "PlanLimits",
+    "Planned",
+    "WorkerLimits",
+    "kv_tokens",
+    "plan",
+    "plan_for",
+    "sizes_of",
+]
 
-# Another order than that of registration must gain 3 %: two probes of one machine differ by 2.
-_BETTER = 0.97
+# A session's KV is taken to hold so many positions, or half its context if that is shorter, when a
+# forecast adds the time to read it: a question and half of its answer.
+ASSUMED_POSITIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """What a plan must know of a model. Raises PlanError if it has no layers."""
+class Asked:
+    """What a plan is made for. Raises PlanError if it is nothing."""
 
-    layer_bytes: tuple[int, ...]  # weights of each layer
-    embedding_bytes: int  # on the first stage; one row of it is read a token
-    head_bytes: int  # on the last stage, read whole for each token; norm included
-    kv_layer_bytes: int  # of one position in one layer
-    scratch_bytes: int  # buffers of a step
+    context_tokens: int
+    max_sessions: int = 1  # sessions that KV is wanted for; as many as fit, at least one
+    sessions: int = 1  # answers at once that the plan is made to be fast for
+    slowest_weight: float | None = None  # A of Lambda + A tau; None: tokens/s of `sessions`
+    every_worker: bool = False  # each worker is a stage, the slow ones too
+    positions: int | None = None  # that a session's KV holds when it is timed; None: assumed
 
     def __post_init__(self) -> None:
-        if not self.layer_bytes:
-            raise PlanError("the model has no layers")
+        if min(self.context_tokens, self.max_sessions, self.sessions) < 1:
+            raise PlanError(f"a plan for nothing: {self}")
+        if self.slowest_weight is not None and not 0 <= self.slowest_weight < float("inf"):
+            raise PlanError(f"the slowest stage weighs {self.slowest_weight}, expected 0 or more")
 
     @property
-    def n_layers(self) -> int:
-        """Layers of the model."""
-        return len(self.layer_bytes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """All weights, each counted where it lies: tied embeddings lie at both ends."""
-        return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes
+    def timed_positions(self) -> int:
+        """Positions of each session's KV in a forecast."""
+        if self.positions is not None:
+            return self.positions
+        return min(self.context_tokens // 2, ASSUMED_POSITIONS)
 
 
-def sizes_of(
-    file: GgufFile, config: ModelConfig, step_tokens: int, kv_type: KvType = KvType.F16
-) -> ModelSizes:
-    """Sizes of a model in its file's types; `step_tokens` is the most rows of one step."""
-    return ModelSizes(
-        layer_bytes=tuple(model.layer_bytes(file, config, i) for i in range(config.n_layers)),
-        embedding_bytes=model.embedding_bytes(file, config),
-        head_bytes=model.head_bytes(file, config),
-        kv_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1), kv_type),
-        scratch_bytes=model.scratch_bytes(config, step_tokens),
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, why, and what is expected of it."""
+
+    plan: Plan
+    forecast: Forecast
+    spares: tuple[WorkerId, ...] = ()  # workers that hold nothing
+    replicas: tuple[Plan, ...] = ()  # further pipelines, of other workers
+    replica_forecasts: tuple[Forecast, ...] = ()  # of each of them
+    advice: tuple[str, ...] = ()  # one line each, for people
+
+
+def plan(
+    sizes: ModelSizes,
+    workers: Sequence[WorkerInfo],
+    asked: Asked,
+    *,
+    links: Links = Links(),  # noqa: B008  frozen; no call changes it
+    limits: Mapping[WorkerId, WorkerLimits] = {},
+    stored: Mapping[WorkerId, frozenset[int]] = {},
+) -> Planned:
+    """The best plan for what is asked. Raises PlanError, with the bytes needed and offered.
+
+    `stored`: layers that a worker has on its disk or in its memory already; with every layer of
+    every worker (a synthetic: model) nothing has to be sent.
+    """
+    if not workers:
+        raise PlanError("no worker is here", remedy="start one with `potluck join`")
+    pool = usable(workers, limits)
+    found = _every_worker(sizes, pool, asked, limits)
+    used = {stage.worker for stage in found.stages}
+    return Planned(
+        plan=found,
+        forecast=forecast_of(found, sizes, pool, links, asked.timed_positions, stored),
+        spares=tuple(worker.id for worker in workers if worker.id not in used),
     )
 
 
@@ -73,21 +105,7 @@ def plan_for(
 
     Raises PlanError, with the bytes needed and offered, if the model does not fit even so.
     """
-    if not workers:
-        raise PlanError("no worker is here", remedy="start one with `potluck join`")
-    if len(workers) > sizes.n_layers:
-        raise PlanError(
-            f"{len(workers)} workers can't share {sizes.n_layers} layers, each needs one",
-            remedy=f"ask for --workers {sizes.n_layers} or fewer",
-        )
-    context_tokens = _whole_pages(context_tokens)
-    sessions = max_sessions
-    while sessions > 0:
-        best = _best(sizes, workers, sessions * context_tokens)
-        if best is not None:
-            return best
-        sessions //= 2
-    raise _too_little(sizes, workers, context_tokens)
+    return plan(sizes, workers, Asked(context_tokens, max_sessions, every_worker=True)).plan
 
 
 def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
@@ -96,105 +114,34 @@ def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
     return first.kv_bytes // (sizes.kv_layer_bytes * first.span.n_layers)
 
 
-def _best(sizes: ModelSizes, workers: Sequence[WorkerInfo], n_positions: int) -> Plan | None:
-    """The order and counts with the least slowest stage; the earliest order among near equals."""
-    found: tuple[float, Plan] | None = None
-    for order in _orders(workers):
-        counts = _counts(sizes, order, n_positions)
-        if counts is None:
-            continue
-        slowest = max(_seconds(sizes, order, i, count) for i, count in enumerate(counts))
-        if found is None or slowest < found[0] * _BETTER:
-            found = slowest, _plan(sizes, order, counts, n_positions)
-    return found and found[1]
-
-
-def _orders(workers: Sequence[WorkerInfo]) -> Iterator[list[WorkerInfo]]:
-    """As they registered, then every choice of first and last; the rest stay in their order.
-
-    Only the ends differ (embeddings, head), so the order between them changes nothing.
-    """
-    yield list(workers)
-    if len(workers) == 1:
-        return
-    rank = sorted(
-        workers, key=lambda w: (w.memory_free_bytes, w.read_bytes_per_second), reverse=True
-    )
-    fast = sorted(workers, key=lambda w: w.read_bytes_per_second, reverse=True)
-    near = {w.id for w in (*rank[: _ENDS_TRIED // 2], *fast[: _ENDS_TRIED // 2])}
-    ends = [w for w in workers if w.id in near]
-    for last in reversed(ends):
-        for first in ends:
-            if first is not last:
-                middle = [w for w in workers if w is not first and w is not last]
-                yield [first, *middle, last]
-
-
-def _counts(sizes: ModelSizes, order: Sequence[WorkerInfo], n_positions: int) -> list[int] | None:
-    """Layers of each stage: one each, then one by one to whoever stays fastest; None: no room.
-
-    Layers count as the largest of them for memory, so that any span of so many fits. For equal
-    layers this greedy choice is the least possible slowest stage.
-    """
-    kv = n_positions * sizes.kv_layer_bytes
-    layer = max(sizes.layer_bytes) + kv
-    rooms = [
-        (worker.memory_free_bytes - _fixed_bytes(sizes, i, len(order))) // layer
-        for i, worker in enumerate(order)
-    ]
-    for i, worker in enumerate(order):
-        if worker.room_bytes is not None:  # its weights may be on disk, KV is not
-            left = worker.room_bytes - _unmapped_bytes(sizes, has_head=i == len(order) - 1)
-            rooms[i] = min(rooms[i], left // kv)
-    if min(rooms) < 1 or sum(rooms) < sizes.n_layers:
-        return None
-    counts = [1] * len(order)
-    heap = [(_seconds(sizes, order, i, 2), i) for i in range(len(order)) if rooms[i] > 1]
-    heapq.heapify(heap)
-    for _ in range(sizes.n_layers - len(order)):
-        _, i = heapq.heappop(heap)
-        counts[i] += 1
-        if counts[i] < rooms[i]:
-            heapq.heappush(heap, (_seconds(sizes, order, i, counts[i] + 1), i))
-    return counts
-
-
-def _seconds(sizes: ModelSizes, order: Sequence[WorkerInfo], i: int, n_layers: int) -> float:
-    """Time of stage i for one token: bytes read over read bandwidth.
-
-    1 MB/s if none was measured.
-    """
-    mean = sum(sizes.layer_bytes) / sizes.n_layers
-    read = n_layers * mean + (sizes.head_bytes if i == len(order) - 1 else 0)
-    return read / max(order[i].read_bytes_per_second, 1e6)
-
-
-def _fixed_bytes(sizes: ModelSizes, i: int, n_stages: int) -> int:
-    """What stage i needs besides layers and their KV."""
-    embedding = sizes.embedding_bytes if i == 0 else 0
-    head = sizes.head_bytes if i == n_stages - 1 else 0
-    return sizes.scratch_bytes + embedding + head
-
-
-def _unmapped_bytes(sizes: ModelSizes, *, has_head: bool) -> int:
-    """What a stage of mapped weights needs of memory besides KV; its worker asks for no more."""
-    units = (*sizes.layer_bytes, sizes.head_bytes) if has_head else sizes.layer_bytes
-    return max(sizes.scratch_bytes, SCRATCH_BYTES) + 2 * max(units)
-
-
-def _plan(
-    sizes: ModelSizes, order: Sequence[WorkerInfo], counts: Sequence[int], n_positions: int
+def _every_worker(
+    sizes: ModelSizes, workers: Sequence[WorkerInfo], asked: Asked, limits: PlanLimits
 ) -> Plan:
-    stops = list(accumulate(counts))
-    stages = []
-    for i, (worker, stop) in enumerate(zip(order, stops, strict=True)):
-        span = Span(stop - counts[i], stop)
-        kv = n_positions * sizes.kv_layer_bytes * span.n_layers
-        weights = sum(sizes.layer_bytes[span.start : span.stop])
-        memory = weights + kv + _fixed_bytes(sizes, i, len(order))
-        stages.append(
-            Stage(worker.id, span, i == 0, i == len(order) - 1, memory_bytes=memory, kv_bytes=kv)
+    if len(workers) > sizes.n_layers:
+        raise PlanError(
+            f"{len(workers)} workers can't share {sizes.n_layers} layers, each needs one",
+            remedy=f"ask for --workers {sizes.n_layers} or fewer",
         )
+    context_tokens = whole_pages(asked.context_tokens)
+    sessions = asked.max_sessions
+    while sessions > 0:
+        best = spread(sizes, workers, sessions * context_tokens, limits)
+        if best is not None:
+            return _plan(sizes, best, sessions * context_tokens)
+        sessions //= 2
+    raise _too_little(sizes, workers, context_tokens)
+
+
+def _plan(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> Plan:
+    stages = []
+    last = len(order) - 1
+    stops = accumulate(count for _, count in order)
+    for i, ((worker, count), stop) in enumerate(zip(order, stops, strict=True)):
+        span = Span(stop - count, stop)
+        kv = n_positions * sizes.kv_layer_bytes * count
+        weights = sum(sizes.layer_bytes[span.start : span.stop])
+        memory = weights + kv + end_bytes(sizes, embeds=i == 0, has_head=i == last)
+        stages.append(Stage(worker.id, span, i == 0, i == last, memory_bytes=memory, kv_bytes=kv))
     return Plan(sizes.n_layers, tuple(stages))
 
 
@@ -205,26 +152,18 @@ def _too_little(sizes: ModelSizes, workers: Sequence[WorkerInfo], context_tokens
     least = min(workers, key=lambda worker: worker.memory_free_bytes)
     name = "worker offers" if len(workers) == 1 else "workers offer"
     message = (
-        f"the model needs {_size(needed)} ({_size(sizes.weight_bytes)} of weights, {_size(kv)} of"
-        f" KV for one context of {context_tokens} tokens), {len(workers)} {name} {_size(offered)}"
+        f"the model needs {size_text(needed)} ({size_text(sizes.weight_bytes)} of weights,"
+        f" {size_text(kv)} of KV for one context of {context_tokens} tokens),"
+        f" {len(workers)} {name} {size_text(offered)}"
     )
     if offered >= needed:
         message += (
-            f", but {least.id} offers {_size(least.memory_free_bytes)}, too little for its part"
+            f", but {least.id} offers {size_text(least.memory_free_bytes)}, too little for its part"
         )
     rooms = [worker.room_bytes for worker in workers if worker.room_bytes is not None]
     if rooms:
         message += (
-            f"; of that {_size(sum(rooms))} are memory, which KV, buffers and two layers at a time"
-            " must fit into"
+            f"; of that {size_text(sum(rooms))} are memory, which KV, buffers and two layers at a"
+            " time must fit into"
         )
     return PlanError(message, remedy="add a worker, give workers more --memory or lower --context")
-
-
-def _size(n_bytes: int) -> str:
-    """For people: 18.2 GiB, 37.0 MiB."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def _whole_pages(n_tokens: int) -> int:
-    return -(-n_tokens // KV_PAGE_TOKENS) * KV_PAGE_TOKENS

@@ -5,7 +5,8 @@ No algorithm: that is coordinator/planner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
 from typing import NewType
@@ -13,6 +14,11 @@ from typing import NewType
 from potluck.errors import PlanError
 
 WorkerId = NewType("WorkerId", str)
+COORDINATOR = WorkerId("")  # an end of a link that is no worker
+
+# What handing a step over costs a stage besides bytes and latency: protobuf, crc, two event loops.
+# 0.4 to 0.6 ms a stage on loopback (bench/link.py, Zen 3).
+HAND_OVER_SECONDS = 0.5e-3
 
 # Where a worker has its weights: in memory, or in files of the cache that are mapped.
 WEIGHTS = ("arena", "mmap")
@@ -88,6 +94,25 @@ class LinkFigures:
     def seconds(self, n_bytes: int) -> float:
         """From the first byte's departure to the last one's arrival."""
         return self.rtt_seconds / 2 + n_bytes / self.bytes_per_second
+
+
+# What a link is taken for until it is measured: gigabit Ethernet, one switch.
+GIGABIT = LinkFigures(rtt_seconds=0.6e-3, bytes_per_second=117.5e6)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Links between workers, and between them and the coordinator, as far as they were measured."""
+
+    default: LinkFigures = GIGABIT
+    between: Mapping[tuple[WorkerId, WorkerId], LinkFigures] = field(default_factory=dict)
+    hand_over_seconds: float = HAND_OVER_SECONDS
+
+    def of(self, source: WorkerId, target: WorkerId) -> LinkFigures:
+        """From `source` to `target`; what only the other direction is known of is as fast."""
+        return self.between.get((source, target)) or self.between.get(
+            (target, source), self.default
+        )
 
 
 @dataclass(frozen=True, slots=True)
