@@ -24,11 +24,11 @@ COMMANDS = {
     "Run": ("demo", "serve", "join"),
     "Ask": ("generate", "chat", "status"),
     "Models": ("pull", "list", "show", "rm", "tokenize", "convert", "quantize"),
-    "Measure": ("bench", "perplexity"),
+    "Measure": ("bench", "bench-cluster", "perplexity"),
     "Set up": ("completion",),
 }
 # A module `list` would become an attribute of the package that hides the builtin.
-_MODULES = {"list": "list_models"}
+_MODULES = {"list": "list_models", "bench-cluster": "bench_cluster"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 # Packages of the extra [server]; a worker's machine does without them.
@@ -139,7 +139,7 @@ def _overview() -> str:
     lines = ["usage: potluck COMMAND ...", "", "Run a language model on your machines together."]
     for group, names in COMMANDS.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {name:<12}{summary_of(name).rstrip('.')}" for name in names]
+        lines += [f"  {name:<14}{summary_of(name).rstrip('.')}" for name in names]
     lines += [
         "",
         "Options:",
