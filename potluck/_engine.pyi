@@ -5,7 +5,7 @@ copied; a wrong one raises UsageError. Each call that computes, waits or reads a
 GIL. Errors are those of potluck.errors, named at each call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -134,6 +134,16 @@ class Synthetic:
         """
 
 @final
+class TensorFiles:
+    """Tensors that each lie in a file of their own, from its first byte to its last."""
+
+    def __init__(self, *, paths: Mapping[str, str], identity: bytes) -> None:
+        """paths: by GGUF name. identity: 16 bytes, a hash of what a pack of them is made of.
+
+        UsageError: another length.
+        """
+
+@final
 class Shard:
     """The weights of layers [start, stop), their KV pages, and one call a step.
 
@@ -164,7 +174,7 @@ class Shard:
         type_name: str,
         rows: int,
         cols: int,
-        origin: str | Synthetic,
+        origin: str | Synthetic | TensorFiles,
         offset_bytes: int,
     ) -> None:
         """Reads one matrix from a file (or makes it), slab by slab, into its packed place.
@@ -177,7 +187,10 @@ class Shard:
     ) -> None:
         """The same from memory: whole rows from first_row on (a multiple of 8, or all)."""
     def write_pack(
-        self, pack: str, origin: str | Synthetic, tensors: list[tuple[str, str, int, int, int]]
+        self,
+        pack: str,
+        origin: str | Synthetic | TensorFiles,
+        tensors: list[tuple[str, str, int, int, int]],
     ) -> str:
         """Writes a pack of these tensors (name, type, rows, cols, offset) of a file or of none.
 
@@ -187,7 +200,10 @@ class Shard:
     def pack_bytes(self, tensors: list[tuple[str, str, int, int, int]]) -> int:
         """What a pack of these takes on disk. ModelError: a tensor is not of the span."""
     def map_pack(
-        self, pack: str, origin: str | Synthetic, tensors: list[tuple[str, str, int, int, int]]
+        self,
+        pack: str,
+        origin: str | Synthetic | TensorFiles,
+        tensors: list[tuple[str, str, int, int, int]],
     ) -> str:
         """Takes tensors from a pack that write_pack made of the same origin.
 

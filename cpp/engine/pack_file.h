@@ -25,7 +25,8 @@ namespace potluck {
 // How panels are interleaved: 8 rows, by 4 bytes (pack.h).
 constexpr char kPackLayout[] = "P8k4";
 
-// Which file was packed. Equal headers don't make equal weights, so time and size count too.
+// Which file was packed. Equal headers don't make equal weights, so time and size count too; where
+// there is no such file, what else tells weights apart (weight_source.cpp).
 struct PackSource {
   uint64_t size_bytes = 0;
   int64_t modified_ns = 0;

@@ -1,5 +1,8 @@
 #include "engine/weight_source.h"
 
+#include <utility>
+
+#include "engine/errors.h"
 #include "engine/weight_file.h"
 
 namespace potluck {
@@ -35,6 +38,43 @@ class FileSource : public WeightSource {
 
  private:
   WeightFile file_;
+};
+
+// Of a file that holds this tensor and nothing else.
+class TensorFileReader : public RowReader {
+ public:
+  TensorFileReader(const std::string& path, const TensorForm& form)
+      : file_(path), rows_(file_, 0, form.row_bytes()) {
+    const uint64_t expected = form.shape.rows * form.row_bytes();
+    if (file_.size_bytes() == expected) return;
+    throw ModelError(form.shape.name + ": " + path + " has " + std::to_string(file_.size_bytes()) +
+                     " bytes, expected " + std::to_string(expected));
+  }
+
+  void Read(size_t first, size_t last, uint8_t* out) const override {
+    rows_.Read(first, last, out);
+  }
+  void Drop(size_t first, size_t last) const override { rows_.Drop(first, last); }
+
+ private:
+  WeightFile file_;
+  FileReader rows_;
+};
+
+class TensorFilesSource : public WeightSource {
+ public:
+  explicit TensorFilesSource(const TensorFiles& files) : files_(files) {}
+
+  PackSource identity() const override { return files_.identity; }
+  std::unique_ptr<RowReader> RowsOf(const TensorForm& form,
+                                    uint64_t /*offset_bytes*/) const override {
+    const auto found = files_.paths.find(form.shape.name);
+    if (found == files_.paths.end()) throw ModelError(form.shape.name + ": no file holds it");
+    return std::make_unique<TensorFileReader>(found->second, form);
+  }
+
+ private:
+  const TensorFiles& files_;
 };
 
 class SyntheticReader : public RowReader {
@@ -76,6 +116,9 @@ class SyntheticSource : public WeightSource {
 std::unique_ptr<WeightSource> Open(const Origin& origin) {
   if (const auto* model = std::get_if<Synthetic>(&origin)) {
     return std::make_unique<SyntheticSource>(*model);
+  }
+  if (const auto* files = std::get_if<TensorFiles>(&origin)) {
+    return std::make_unique<TensorFilesSource>(*files);
   }
   return std::make_unique<FileSource>(std::get<std::string>(origin));
 }
