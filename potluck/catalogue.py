@@ -107,6 +107,11 @@ def packs_folder() -> Path:
     return cache_folder() / "packs"
 
 
+def tensors_folder() -> Path:
+    """Where delivered tensors lie (potluck/tensor_store.py). It need not exist."""
+    return cache_folder() / "tensors"
+
+
 def resolve(model: str) -> Path:
     """The file of `model`, a path or a name. Raises UnknownModel, or UsageError for nonsense."""
     if "\0" in model or not model or len(model) > 4096:

@@ -4,7 +4,9 @@ PotluckError
 ├── UsageError            a value out of range, options that exclude each other
 ├── ModelError            file, shape, type: what was found, what was expected
 │   ├── UnknownModel      no such name or path
-│   └── DamagedPack       a pack file changed after it was written; survived inside: made again
+│   ├── DamagedPack       a pack file changed after it was written; survived inside: made again
+│   ├── DamagedTensor     a delivered tensor is not the one that was asked for, or not here any more
+│   └── BeingWritten      another process is writing this file; wait for its result
 ├── PlanError             the workers can't hold it: needed and offered bytes, what to do
 ├── SessionError          a step that does not fit its session: skips positions
 │   ├── UnknownSession    never opened, or closed
@@ -48,6 +50,14 @@ class UnknownModel(ModelError):
 
 class DamagedPack(ModelError):
     """A pack file is not what was written. It is to be made again, and the step to be repeated."""
+
+
+class DamagedTensor(ModelError):
+    """A delivered tensor has another sha256 than was asked for, or is gone. It is to be fetched."""
+
+
+class BeingWritten(ModelError):
+    """Another process is writing this file. It is to be waited for."""
 
 
 class PlanError(PotluckError):

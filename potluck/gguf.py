@@ -9,6 +9,7 @@ is the only module that knows file offsets. Versions 2 and 3, little-endian; ggm
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Never, TypeVar, cast
 
 from potluck.blocks import BY_NUMBER
 from potluck.cursor import CUT_SHORT, Cursor, opened, shown
-from potluck.errors import ModelError
+from potluck.errors import DamagedTensor, ModelError
 from potluck.tensor_source import KINDS
 
 Value = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[float] | Sequence[str]
@@ -93,6 +94,9 @@ class GgufFile:
     # Type in the file of each value, or of an array's elements: "u32", "str".
     kinds: Mapping[str, str] = field(default_factory=dict, repr=False)
     synthetic: Synthetic | None = None  # there is no file: potluck/synthetic.py made this header
+    # There is no file but this header: tensors that are here, each in a file of its own whose name
+    # is the sha256 of its bytes (potluck/tensor_store.py).
+    stored: Mapping[str, Path] | None = field(default=None, repr=False)
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string. Raises ModelError: another type, or missing without a default."""
@@ -129,6 +133,13 @@ class GgufFile:
             self._refuse(key, value, f"an array of {of.__name__}")
         return cast("Sequence[T]", value)
 
+    def stored_path(self, name: str) -> Path:
+        """The file that holds a tensor of a model that was delivered. Raises DamagedTensor."""
+        path = None if self.stored is None else self.stored.get(name)
+        if path is None:
+            raise DamagedTensor(f"{shown(str(self.path))}: {shown(name)} is not here")
+        return path
+
     def error(self, message: str, *, remedy: str = "") -> ModelError:
         """A ModelError about this file."""
         return ModelError(f"{shown(str(self.path))}: {message}", remedy=remedy)
@@ -150,34 +161,62 @@ def read(path: str | Path) -> GgufFile:
     """
     path = Path(path)
     with opened(path, limit_bytes=HEADER_BYTES_LIMIT) as cursor:
-        version = _read_version(cursor)
-        n_tensors = cursor.count("tensors", TENSORS_LIMIT, least_bytes=33)
-        n_keys = cursor.count("metadata keys", KEYS_LIMIT, least_bytes=14)
-        metadata, kinds = _read_metadata(cursor, n_keys)
-        alignment = _alignment(cursor, metadata)
-        tensors = _read_tensors(cursor, n_tensors, alignment)
-        # A file without tensors (a vocabulary only) may end without the padding.
-        start = -(-cursor.offset // alignment) * alignment if tensors else cursor.offset
-        tensors = [replace(t, offset_bytes=start + t.offset_bytes) for t in tensors]
-        _check_places(cursor, tensors)
-        sha256 = cursor.sha256(start)
+        return _read(path, cursor, cursor.size_bytes)
+
+
+def read_header(path: str | Path, size_bytes: int, stored: Mapping[str, Path]) -> GgufFile:
+    """A file of `size_bytes` of which only the header is here, at `path`, and some tensors.
+
+    `stored`: as GgufFile.stored; of tensors that the header does not name nothing is made. Whose
+    header it is says `header_sha256`: compare it. Raises as `read`, and ModelError if `path` holds
+    anything but a whole header.
+    """
+    path = Path(path)
+    with opened(path, limit_bytes=HEADER_BYTES_LIMIT) as cursor:
+        file = _read(path, cursor, size_bytes)
+        if file.data_offset_bytes != cursor.size_bytes:
+            found = f"{cursor.size_bytes:,} bytes, but the header has {file.data_offset_bytes:,}"
+            raise cursor.error(found)
+    here = {name: stored[name] for name in file.tensors if name in stored}
+    return replace(file, stored=MappingProxyType(here))
+
+
+def _read(path: Path, cursor: Cursor, size_bytes: int) -> GgufFile:
+    version = _read_version(cursor)
+    n_tensors = cursor.count("tensors", TENSORS_LIMIT, least_bytes=33)
+    n_keys = cursor.count("metadata keys", KEYS_LIMIT, least_bytes=14)
+    metadata, kinds = _read_metadata(cursor, n_keys)
+    alignment = _alignment(cursor, metadata)
+    tensors = _read_tensors(cursor, n_tensors, alignment)
+    # A file without tensors (a vocabulary only) may end without the padding.
+    start = -(-cursor.offset // alignment) * alignment if tensors else cursor.offset
+    tensors = [replace(t, offset_bytes=start + t.offset_bytes) for t in tensors]
+    _check_places(cursor, tensors, size_bytes)
     return GgufFile(
         path=path,
         version=version,
-        size_bytes=cursor.size_bytes,
+        size_bytes=size_bytes,
         metadata=MappingProxyType(metadata),
         tensors=MappingProxyType({t.name: t for t in tensors}),
         data_offset_bytes=start,
-        header_sha256=sha256,
+        header_sha256=cursor.sha256(min(start, cursor.size_bytes)),
         kinds=MappingProxyType(kinds),
     )
 
 
 def read_floats(file: GgufFile, tensor: TensorInfo) -> tuple[float, ...]:
-    """The values of a small f32 tensor. Raises ModelError: unreadable, or shorter than it was."""
-    with opened(file.path, limit_bytes=tensor.offset_bytes + tensor.size_bytes) as cursor:
-        cursor.offset = tensor.offset_bytes
+    """The values of a small f32 tensor.
+
+    Raises ModelError: unreadable, or shorter than it was; DamagedTensor: not here, or other bytes.
+    """
+    path, start = file.path, tensor.offset_bytes
+    if file.stored is not None:
+        path, start = file.stored_path(tensor.name), 0
+    with opened(path, limit_bytes=start + tensor.size_bytes) as cursor:
+        cursor.offset = start
         data = cursor.take(tensor.size_bytes, f"tensor {shown(tensor.name)}")
+    if file.stored is not None and hashlib.sha256(data).hexdigest() != path.name:
+        raise DamagedTensor(f"{shown(tensor.name)}: {path} is damaged")
     return struct.unpack(f"<{tensor.size_bytes // 4}f", data)
 
 
@@ -297,16 +336,16 @@ def _read_tensor(cursor: Cursor, name: str, alignment: int) -> TensorInfo:
     return TensorInfo(name, block.name, shape, offset_bytes, size_bytes)
 
 
-def _check_places(cursor: Cursor, tensors: Sequence[TensorInfo]) -> None:
-    """Inside the file, and none over another."""
+def _check_places(cursor: Cursor, tensors: Sequence[TensorInfo], size_bytes: int) -> None:
+    """Inside a file of `size_bytes`, and none over another."""
     stop, before = 0, ""
     for t in sorted(tensors, key=lambda t: t.offset_bytes):
         if t.offset_bytes < stop:
             raise cursor.error(f"tensor {shown(t.name)}: its data overlaps that of {shown(before)}")
         stop, before = t.offset_bytes + t.size_bytes, t.name
-        if stop > cursor.size_bytes:
+        if stop > size_bytes:
             found = f"{t.size_bytes:,} bytes of data at offset {t.offset_bytes:,}"
-            behind = f"end {stop - cursor.size_bytes:,} bytes behind the end of the file"
+            behind = f"end {stop - size_bytes:,} bytes behind the end of the file"
             raise cursor.error(f"tensor {shown(t.name)}: {found} {behind}", remedy=CUT_SHORT)
 
 

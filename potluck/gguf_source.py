@@ -38,6 +38,8 @@ def gguf_source(file: GgufFile) -> ModelSource:
     """`file` as it is. Raises ModelError: one of several parts, or a type that can't be read."""
     if (n_parts := file.integer("split.count", 1)) > 1:
         raise file.error(f"one of {n_parts} parts of a model; join them (llama-gguf-split --merge)")
+    if file.stored is not None:
+        raise file.error("only the header of a model is here")
     for tensor in file.tensors.values():
         if tensor.type_name.startswith(_UNREADABLE):
             raise file.error(f"{tensor.name}: type {tensor.type_name} can't be converted")

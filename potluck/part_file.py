@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Never, Self
 
-from potluck.errors import ModelError
+from potluck.errors import BeingWritten, ModelError
 
 SYNC_SECONDS = 5.0  # at most so much work is lost by a kill
 RECORD_BYTES = 512  # one sector of a disk
@@ -212,7 +212,7 @@ def opened_alone(path: Path, target: Path) -> int | None:
     """A file beside `target`, made if it is not there, opened and locked by this process alone.
 
     None: its writer before renamed it between opening and locking, so look again. Raises OSError;
-    ModelError: another process has it, or it is no regular file.
+    BeingWritten: another process has it; ModelError: it is no regular file.
     """
     # Without O_NONBLOCK opening a pipe waits for its reader.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -227,7 +227,7 @@ def opened_alone(path: Path, target: Path) -> int | None:
                 return descriptor
     except BlockingIOError as e:
         os.close(descriptor)
-        raise ModelError(
+        raise BeingWritten(
             f"{target}: another process is writing it", remedy="wait until it is done"
         ) from e
     except BaseException:

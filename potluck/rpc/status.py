@@ -19,6 +19,7 @@ _TABLE: list[tuple[type[errors.PotluckError], grpc.StatusCode]] = [
     (errors.UnknownSession, grpc.StatusCode.NOT_FOUND),
     (errors.UnknownWorker, grpc.StatusCode.NOT_FOUND),
     (errors.WorkerExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.DamagedTensor, grpc.StatusCode.DATA_LOSS),
     (errors.ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.PlanError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.SessionError, grpc.StatusCode.FAILED_PRECONDITION),
