@@ -6,11 +6,13 @@ an event loop. Importing this raises EngineError if the compiled module is missi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 from potluck.errors import EngineError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.model import ModelConfig
+from potluck.verified import verified
 
 try:
     from potluck._engine import (
@@ -23,6 +25,7 @@ try:
         RowSpan,
         Shard,
         Synthetic,
+        TensorFiles,
         available_isas,
         benchmark_matmul,
         block_layout,
@@ -48,6 +51,7 @@ __all__ = [
     "RowSpan",
     "Shard",
     "Synthetic",
+    "TensorFiles",
     "TensorTuple",
     "available_isas",
     "benchmark_matmul",
@@ -96,11 +100,25 @@ def config_for(model: ModelConfig) -> Config:
     )
 
 
-def origin_of(file: GgufFile) -> str | Synthetic:
-    """Where the engine gets the weights of `file` from."""
-    if file.synthetic is None:
+def origin_of(
+    file: GgufFile, tensors: Iterable[TensorInfo] | None = None
+) -> str | Synthetic | TensorFiles:
+    """Where the engine gets weights of `file` from: `tensors`, or (None) all that are here.
+
+    A pack is made again when its origin changed: of a delivered model give the pack's own tensors.
+    Raises DamagedTensor: one was not delivered.
+    """
+    if file.synthetic is not None:
+        return Synthetic(seed=file.synthetic.seed, n_layers=file.synthetic.n_layers)
+    if file.stored is None:
         return str(file.path)
-    return Synthetic(seed=file.synthetic.seed, n_layers=file.synthetic.n_layers)
+    names = file.stored if tensors is None else [tensor.name for tensor in tensors]
+    paths = {name: file.stored_path(name) for name in names}
+    contents = "".join(f"{name} {path.name}\n" for name, path in sorted(paths.items()))
+    return TensorFiles(
+        paths={name: str(path) for name, path in paths.items()},
+        identity=hashlib.sha256(contents.encode()).digest()[:16],
+    )
 
 
 def load(
@@ -112,18 +130,21 @@ def load(
     """Read (or make) `tensors` of `file` into `shard` and seal it.
 
     on_progress gets the bytes read so far, after each tensor, on the calling thread; what it raises
-    ends the loading. Raises ModelError: a tensor is missing, not of the span, cut short or damaged.
+    ends the loading. Of a delivered model, tensors are hashed while those before them are packed;
+    `tensors` is then gone through by another thread, some hundred MB ahead. Raises ModelError: a
+    tensor is missing, not of the span, cut short or damaged; DamagedTensor: not the delivered one.
     """
-    done_bytes, origin = 0, origin_of(file)
-    for tensor in tensors:
-        shard.put_file(
-            tensor.name,
-            tensor.type_name,
-            tensor.rows,
-            tensor.cols,
-            origin,
-            tensor.offset_bytes,
-        )
-        done_bytes += tensor.size_bytes
-        on_progress(done_bytes)
+    done_bytes = 0
+    with verified(file, tensors) as right:
+        for tensor in right:
+            shard.put_file(
+                tensor.name,
+                tensor.type_name,
+                tensor.rows,
+                tensor.cols,
+                origin_of(file, [tensor]),
+                tensor.offset_bytes,
+            )
+            done_bytes += tensor.size_bytes
+            on_progress(done_bytes)
     shard.seal()
