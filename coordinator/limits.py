@@ -17,7 +17,8 @@ class WorkerLimits:
     """Of one worker. Raises PlanError if nothing could meet them."""
 
     memory_bytes: int | None = None  # the most of its memory that a plan may take; None: all of it
-    layers: tuple[int, int] | None = None  # the least and the most, if it is used; None: any number
+    # The least and the most; a least above 0 pins it: it is a stage of any plan. None: any number.
+    layers: tuple[int, int] | None = None
     exclude: bool = False  # it is never part of a plan
 
     def __post_init__(self) -> None:
@@ -57,6 +58,12 @@ def usable(workers: Sequence[WorkerInfo], limits: PlanLimits) -> list[WorkerInfo
     if workers and not found:
         raise PlanError("every worker is excluded by limits", remedy="allow one of them")
     return found
+
+
+def is_pinned(limits: PlanLimits, worker: WorkerId) -> bool:
+    """Whether people want it to be a stage."""
+    layers = limits.get(worker, NO_LIMITS).layers
+    return layers is not None and layers[0] > 0
 
 
 def layer_range(limits: PlanLimits, worker: WorkerId) -> tuple[int, int | None]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+from coordinator.asked import Asked
 from coordinator.every_worker import spread
-from coordinator.forecast import Forecast, forecast_of
+from coordinator.forecast import Forecast
+from coordinator.goal import Rules
+from coordinator.layout import Task, lay_out, plan_of
 from coordinator.limits import PlanLimits, WorkerLimits, usable
-from coordinator.sizes import ModelSizes, end_bytes, size_text, sizes_of, whole_pages
+from coordinator.sizes import ModelSizes, size_text, sizes_of
 from potluck.errors import PlanError
-from potluck.plan import Links, Plan, Span, Stage, WorkerId, WorkerInfo
+from potluck.plan import Links, Plan, WorkerId, WorkerInfo
 
 __all__ = [
     "Asked",
@@ -23,41 +25,13 @@ __all__ = [
     "ModelSizes",
     "PlanLimits",
     "Planned",
+    "Rules",
     "WorkerLimits",
     "kv_tokens",
     "plan",
     "plan_for",
     "sizes_of",
 ]
-
-# A session's KV is taken to hold so many positions, or half its context if that is shorter, when a
-# forecast adds the time to read it: a question and half of its answer.
-ASSUMED_POSITIONS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a plan is made for. Raises PlanError if it is nothing."""
-
-    context_tokens: int
-    max_sessions: int = 1  # sessions that KV is wanted for; as many as fit, at least one
-    sessions: int = 1  # answers at once that the plan is made to be fast for
-    slowest_weight: float | None = None  # A of Lambda + A tau; None: tokens/s of `sessions`
-    every_worker: bool = False  # each worker is a stage, the slow ones too
-    positions: int | None = None  # that a session's KV holds when it is timed; None: assumed
-
-    def __post_init__(self) -> None:
-        if min(self.context_tokens, self.max_sessions, self.sessions) < 1:
-            raise PlanError(f"a plan for nothing: {self}")
-        if self.slowest_weight is not None and not 0 <= self.slowest_weight < float("inf"):
-            raise PlanError(f"the slowest stage weighs {self.slowest_weight}, expected 0 or more")
-
-    @property
-    def timed_positions(self) -> int:
-        """Positions of each session's KV in a forecast."""
-        if self.positions is not None:
-            return self.positions
-        return min(self.context_tokens // 2, ASSUMED_POSITIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +54,7 @@ def plan(
     links: Links = Links(),  # noqa: B008  frozen; no call changes it
     limits: Mapping[WorkerId, WorkerLimits] = {},
     stored: Mapping[WorkerId, frozenset[int]] = {},
+    rules: Rules = Rules(),  # noqa: B008  frozen; no call changes it
 ) -> Planned:
     """The best plan for what is asked. Raises PlanError, with the bytes needed and offered.
 
@@ -89,11 +64,12 @@ def plan(
     if not workers:
         raise PlanError("no worker is here", remedy="start one with `potluck join`")
     pool = usable(workers, limits)
-    found = _every_worker(sizes, pool, asked, limits)
+    task = Task(sizes, asked, links, limits, stored, rules)
+    found = _every_worker(task, pool) if asked.every_worker else _best(task, pool)
     used = {stage.worker for stage in found.stages}
     return Planned(
         plan=found,
-        forecast=forecast_of(found, sizes, pool, links, asked.timed_positions, stored),
+        forecast=task.forecast(found, pool),
         spares=tuple(worker.id for worker in workers if worker.id not in used),
     )
 
@@ -114,35 +90,26 @@ def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
     return first.kv_bytes // (sizes.kv_layer_bytes * first.span.n_layers)
 
 
-def _every_worker(
-    sizes: ModelSizes, workers: Sequence[WorkerInfo], asked: Asked, limits: PlanLimits
-) -> Plan:
+def _best(task: Task, workers: Sequence[WorkerInfo]) -> Plan:
+    layout = lay_out(task, workers, task.asked.sessions)
+    if layout is None:
+        raise _too_little(task.sizes, workers, task.context_tokens)
+    return layout.plan
+
+
+def _every_worker(task: Task, workers: Sequence[WorkerInfo]) -> Plan:
+    sizes = task.sizes
     if len(workers) > sizes.n_layers:
         raise PlanError(
             f"{len(workers)} workers can't share {sizes.n_layers} layers, each needs one",
             remedy=f"ask for --workers {sizes.n_layers} or fewer",
         )
-    context_tokens = whole_pages(asked.context_tokens)
-    sessions = asked.max_sessions
-    while sessions > 0:
-        best = spread(sizes, workers, sessions * context_tokens, limits)
+    for sessions in task.kv_levels:
+        n_positions = sessions * task.context_tokens
+        best = spread(sizes, workers, n_positions, task.limits)
         if best is not None:
-            return _plan(sizes, best, sessions * context_tokens)
-        sessions //= 2
-    raise _too_little(sizes, workers, context_tokens)
-
-
-def _plan(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> Plan:
-    stages = []
-    last = len(order) - 1
-    stops = accumulate(count for _, count in order)
-    for i, ((worker, count), stop) in enumerate(zip(order, stops, strict=True)):
-        span = Span(stop - count, stop)
-        kv = n_positions * sizes.kv_layer_bytes * count
-        weights = sum(sizes.layer_bytes[span.start : span.stop])
-        memory = weights + kv + end_bytes(sizes, embeds=i == 0, has_head=i == last)
-        stages.append(Stage(worker.id, span, i == 0, i == last, memory_bytes=memory, kv_bytes=kv))
-    return Plan(sizes.n_layers, tuple(stages))
+            return plan_of(sizes, best, n_positions)
+    raise _too_little(sizes, workers, task.context_tokens)
 
 
 def _too_little(sizes: ModelSizes, workers: Sequence[WorkerInfo], context_tokens: int) -> PlanError:

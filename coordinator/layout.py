@@ -1,0 +1,128 @@
+"""One pipeline of some workers: who is in it, with how many layers and how much KV.
+
+Pure. KV is planned for as many of the wished sessions as costs nothing, but for one at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+from coordinator import arranging
+from coordinator.asked import Asked
+from coordinator.forecast import Forecast, forecast_of
+from coordinator.goal import Rules, goal_of
+from coordinator.limits import PlanLimits
+from coordinator.pool import pool_of
+from coordinator.search import search
+from coordinator.sizes import ModelSizes, end_bytes, most_layers, whole_pages
+from potluck.plan import Links, Plan, Span, Stage, WorkerId, WorkerInfo
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is planned: everything but the workers that may be used."""
+
+    sizes: ModelSizes
+    asked: Asked
+    links: Links = field(default_factory=Links)
+    limits: PlanLimits = field(default_factory=dict)
+    stored: Mapping[WorkerId, frozenset[int]] = field(default_factory=dict)
+    rules: Rules = field(default_factory=Rules)
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions of one session's KV: whole pages."""
+        return whole_pages(self.asked.context_tokens)
+
+    @property
+    def kv_levels(self) -> list[int]:
+        """Numbers of sessions that KV is planned for, the wished one first: it is halved."""
+        levels = [self.asked.max_sessions]
+        while levels[-1] > 1:
+            levels.append(levels[-1] // 2)
+        return levels
+
+    def forecast(self, plan: Plan, workers: Sequence[WorkerInfo]) -> Forecast:
+        """What is expected of a plan of these workers."""
+        return forecast_of(
+            plan, self.sizes, workers, self.links, self.asked.timed_positions, self.stored
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A pipeline, and by what it was chosen."""
+
+    plan: Plan
+    score: float  # less is better, among layouts for as many sessions
+    evaluations: int  # sets of workers that were filled for it
+
+
+def lay_out(task: Task, workers: Sequence[WorkerInfo], sessions: int) -> Layout | None:
+    """The best pipeline for so many sessions at once; None: not one context's KV fits beside it."""
+    levels = task.kv_levels
+    needed = [n for n in levels if n >= min(sessions, levels[0])][-1]
+    for level in levels[levels.index(needed) :]:
+        layout = _of_level(task, workers, sessions, level)
+        if layout is not None:
+            return _with_more_kv(task, workers, sessions, layout, level)
+    return None
+
+
+def plan_of(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> Plan:
+    """Workers in pipeline order with their layers, and KV for so many positions, as a plan."""
+    stages = []
+    last = len(order) - 1
+    stops = accumulate(count for _, count in order)
+    for i, ((worker, count), stop) in enumerate(zip(order, stops, strict=True)):
+        span = Span(stop - count, stop)
+        kv = n_positions * sizes.kv_layer_bytes * count
+        weights = sum(sizes.layer_bytes[span.start : span.stop])
+        memory = weights + kv + end_bytes(sizes, embeds=i == 0, has_head=i == last)
+        stages.append(Stage(worker.id, span, i == 0, i == last, memory_bytes=memory, kv_bytes=kv))
+    return Plan(sizes.n_layers, tuple(stages))
+
+
+def _of_level(
+    task: Task, workers: Sequence[WorkerInfo], sessions: int, level: int
+) -> Layout | None:
+    """With KV for `level` sessions, neither more nor less."""
+    sizes, asked = task.sizes, task.asked
+    n_positions = level * task.context_tokens
+    pool = pool_of(sizes, workers, n_positions, task.links, task.limits, asked.timed_positions)
+    found = search(pool, goal_of(sessions, asked.slowest_weight, task.rules))
+    if found is None:
+        return None
+    order = arranging.arranged(pool, found, sizes.layer_bytes, task.stored)
+    return Layout(plan_of(sizes, order, n_positions), found.score, found.evaluations)
+
+
+def _with_more_kv(
+    task: Task, workers: Sequence[WorkerInfo], sessions: int, layout: Layout, level: int
+) -> Layout:
+    """KV for as many sessions as fit beside the same layers, or beside others that cost less than a
+    stage must save.
+    """
+    most = layout.score / (1 - task.rules.stage_worth)
+    infos = {worker.id: worker for worker in workers}
+    order = [(infos[stage.worker], stage.span.n_layers) for stage in layout.plan.stages]
+    for more in task.kv_levels:
+        if more <= level:
+            break
+        n_positions = more * task.context_tokens
+        if _has_room(task.sizes, order, n_positions):
+            return replace(layout, plan=plan_of(task.sizes, order, n_positions))
+        other = _of_level(task, workers, sessions, more)
+        if other is not None and other.score <= most:
+            return other
+    return layout
+
+
+def _has_room(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> bool:
+    last = len(order) - 1
+    return all(
+        n <= most_layers(sizes, worker, n_positions, embeds=i == 0, has_head=i == last)
+        for i, (worker, n) in enumerate(order)
+    )
