@@ -5,13 +5,13 @@ which asks `next_batch` while the pipeline has room and tells `returned` for eac
 back.
 
 Rules. A session has at most one decode row in flight, but many chunks of its prompt: links keep
-order. Decode rows go first, longest waiting first, spread over the stages: rows in one step share
-the weights, yet an idle stage wastes all of its bandwidth (PIPELINE section 5). With as many steps
-in flight as stages, none of them is idle: a further step waits until it has its whole share, or
-sessions that once stood in a step of their own would do so for ever. Prompts take turns,
-a chunk each, so a short one does not wait behind a long one. A session is admitted when its whole
-room (prompt and longest answer, in pages) fits beside all other rooms, in the order of arrival, so
-nobody starves and no stage runs out of pages in mid-answer.
+order. Decode rows go first, longest waiting first, spread over as many steps as the forecast finds
+best, one for each stage if stages are alike: rows in one step share the weights, yet an idle stage
+wastes all of its bandwidth (PIPELINE section 5). With so many in flight a further step waits until
+it has its whole share, or sessions that once stood in a step of their own would do so for ever.
+Prompts take turns, a chunk each, so a short one does not wait behind a long one. A session is
+admitted when its whole room (prompt and longest answer, in pages) fits beside all other rooms, in
+the order of arrival, so nobody starves and no stage runs out of pages in mid-answer.
 """
 
 from __future__ import annotations
@@ -37,13 +37,24 @@ class Limits:
     step_tokens: int  # rows of one step: its activation must fit a message
     step_picks: int  # rows of one step that want a pick: their logits must fit the last stage
     kv_tokens: int  # positions of all sessions together, in whole pages
+    # [u - 1]: steps that the decode rows of u sessions are best spread over. Beyond its end as at
+    # its end; empty: one for each stage, which is right if stages are alike.
+    spread: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         per_step = (self.chunk_tokens, self.step_tokens, self.step_picks)
         if min(self.n_stages, self.max_sessions, *per_step) < 1:
             raise PlanError(f"limits that let nothing through: {self}")
+        if min(self.spread, default=1) < 1:
+            raise PlanError(f"rows spread over no step: {self.spread}")
         if self.kv_tokens < KV_PAGE_TOKENS:
             raise PlanError(f"KV for {self.kv_tokens} positions is less than one page")
+
+    def steps_for(self, sessions: int) -> int:
+        """Steps that so many sessions are spread over while they decode; 1 or more."""
+        if not self.spread:
+            return self.n_stages
+        return self.spread[min(max(sessions, 1), len(self.spread)) - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +217,8 @@ class Scheduler:
             self._opens.append(Room(session.id, session.room_tokens))
 
     def _share(self) -> int:
-        """Decode rows of a step when sessions are spread evenly over the stages."""
-        even = -(-len(self._places) // self.limits.n_stages)
+        """Decode rows of a step when sessions are spread evenly over as many as are best."""
+        even = -(-len(self._places) // self.limits.steps_for(len(self._places)))
         return min(even, self.limits.step_tokens, self.limits.step_picks)
 
     def _is_due(self) -> bool:
@@ -217,7 +228,7 @@ class Scheduler:
         Simulated with 8 sessions on 4 equal stages (bench/simulate.py): without this five steps
         of 2, 2, 2, 1 and 1 rows went round, and 20 % fewer tokens came back than from four of 2.
         """
-        is_filled = len(self._in_flight) >= self.limits.n_stages
+        is_filled = len(self._in_flight) >= self.limits.steps_for(len(self._places))
         return not is_filled or bool(self._prompts) or len(self._ready) >= self._share()
 
     def _decode_rows(self) -> Iterator[BatchRows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,7 @@ def session(id: int, prompt: int = 5, max_tokens: int = 4) -> Session:
     return Session(SessionId(id), range(prompt), max_tokens, Sampling(), frozenset())
 
 
-def scheduler(*sessions: Session, **changes: int) -> Scheduler:
+def scheduler(*sessions: Session, **changes: Any) -> Scheduler:
     s = Scheduler(replace(LIMITS, **changes))
     for one in sessions:
         s.add(one)
@@ -157,6 +158,19 @@ def test_a_whole_share_of_rows_goes_even_with_every_stage_busy() -> None:
     assert [len(rows_of(s.next_batch())) for _ in range(1)] == [2]
     commit(s)
     assert [len(rows_of(s.next_batch())) for _ in range(2)] == [1, 1]
+
+
+def test_rows_are_spread_over_as_many_steps_as_the_forecast_finds_best() -> None:
+    s = scheduler(*(session(i, prompt=1) for i in (1, 2, 3, 4)), spread=(1, 1, 1, 1))
+    s.next_batch()
+    commit(s)
+    assert [row[0] for row in rows_of(s.next_batch())] == [1, 2, 3, 4]
+    assert s.next_batch() is None
+    limits = replace(LIMITS, spread=(1, 2, 2, 3))
+    assert [limits.steps_for(n) for n in (0, 1, 2, 3, 4, 9)] == [1, 1, 2, 2, 3, 3]
+    assert [LIMITS.steps_for(n) for n in (1, 9)] == [2, 2]
+    with pytest.raises(PlanError, match="no step"):
+        replace(LIMITS, spread=(1, 0))
 
 
 def test_a_batch_of_decode_rows_is_called_so() -> None:
@@ -284,7 +298,7 @@ def test_a_ready_session_that_is_removed_is_not_run() -> None:
 @pytest.mark.parametrize("name", ["n_stages", "max_sessions", "chunk_tokens", "step_tokens"])
 def test_limits_that_let_nothing_through_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="nothing through"):
-        replace(LIMITS, **{name: 0})
+        replace(LIMITS, **{name: 0})  # type: ignore[arg-type]  # none of them is spread
 
 
 def test_kv_of_less_than_a_page_is_refused() -> None:
