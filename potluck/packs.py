@@ -21,10 +21,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck.engine import PACK_LAYOUT, Shard, TensorTuple, origin_of
+from potluck.engine import PACK_LAYOUT, Shard, Synthetic, TensorFiles, TensorTuple, origin_of
 from potluck.errors import DamagedPack, ModelError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.model import EMBEDDING, HEAD, passing_bytes
+from potluck.tensor_store import TensorStore
+from potluck.verified import verified
 
 log = logging.getLogger(__name__)
 
@@ -37,41 +39,59 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class PackFolder:
-    """Where packs lie, and the most room that all of them may take (None: what the disk has)."""
+    """Where packs lie, and the most room that all of them may take (None: what the disk has).
+
+    `tensors`: those that packs were made of when they were delivered. They go before any pack does,
+    for they only spare fetching them again.
+    """
 
     root: Path
     space_bytes: int | None = None
+    tensors: TensorStore | None = None
 
     def path_of(self, file: GgufFile, part: str) -> Path:
         """The pack of a part (see `parts_of`) of a model."""
         return self.root / file.header_sha256 / f"{part}.{PACK_LAYOUT}.pack"
 
-    def make_room(self, path: Path, n_bytes: int, keep: Collection[Path] = ()) -> str:
+    def make_room(
+        self,
+        path: Path,
+        n_bytes: int,
+        keep: Collection[Path] = (),
+        unread: Collection[bytes] = (),
+    ) -> str:
         """Makes room for a pack at `path`, which it will replace, and makes its folder; "", or why
         that is impossible, and then nothing has gone.
 
-        Packs of other models go, then other spans and layouts of this one; those first that were
-        not used for longest. Not those to `keep`, nor any that somebody has mapped: their room
-        would not come back.
+        Delivered tensors go but those `unread` (by sha256), then packs of other models, then other
+        spans and layouts of this one; those first that were not used for longest. Not those to
+        `keep`, nor any that somebody has mapped: their room would not come back.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            missing, why = self._shortage(path, n_bytes)
-            if missing <= 0:
+            on_disk, in_space, why = self._shortage(path, n_bytes)
+            if max(on_disk, in_space) <= 0:
                 return ""
+            tensors = self._tensors_beside(path)
+            spare_bytes = tensors.removable_bytes(unread) if tensors and on_disk > 0 else 0
             candidates = [p for p in self._files("*.pack") if p != path and p not in keep]
             candidates.sort(key=lambda p: (p.parent == path.parent, _used_at(p)))
             unused = {p: _size_of(p) for p in candidates if not _is_mapped(p)}
-            if sum(unused.values()) < missing:
+            if sum(unused.values()) < max(on_disk - spare_bytes, in_space):
                 return why
+            if tensors and on_disk > 0:
+                freed = tensors.remove(on_disk, unread)
+                log.info("%d bytes of delivered tensors make room", freed)
+                on_disk, in_space, why = self._shortage(path, n_bytes)
+            missing = max(on_disk, in_space)
             for old, size in unused.items():
                 if missing > 0 and _remove_unused(old):
                     log.info("%s makes room", old)
                     missing -= size
-            missing, why = self._shortage(path, n_bytes)
+            on_disk, in_space, why = self._shortage(path, n_bytes)
         except OSError as e:
             return f"{e.filename}: {e.strerror}"
-        return why if missing > 0 else ""
+        return why if max(on_disk, in_space) > 0 else ""
 
     def sweep(self) -> None:
         """Removes what writers that died have left."""
@@ -89,8 +109,17 @@ class PackFolder:
                     found += folder.iterdir()
         return [path for path in found if path.match(pattern)]
 
-    def _shortage(self, path: Path, n_bytes: int) -> tuple[int, str]:
-        """Bytes that a pack at `path` lacks, 0 or less if it lacks none, and what it lacks."""
+    def _tensors_beside(self, path: Path) -> TensorStore | None:
+        """The delivered tensors, if they lie on the disk of this pack."""
+        store = self.tensors
+        if store is None or not store.root.is_dir():
+            return None
+        return store if store.root.stat().st_dev == path.parent.stat().st_dev else None
+
+    def _shortage(self, path: Path, n_bytes: int) -> tuple[int, int, str]:
+        """Bytes that a pack at `path` lacks on the disk and of what packs may take, 0 or less if it
+        lacks none, and what it lacks more of.
+        """
         free_bytes = shutil.disk_usage(path.parent).free
         # What it replaces goes when the new one is whole; others have no less room then.
         reserve_bytes = 0 if _size_of(path) else RESERVE_BYTES
@@ -99,12 +128,12 @@ class PackFolder:
         if reserve_bytes:
             said += f" and {reserve_bytes} for others"
         if self.space_bytes is None:
-            return on_disk, said
+            return on_disk, 0, said
         held = sum(_size_of(p) for p in self._files("*.pack") if p != path)
         in_space = held + n_bytes - self.space_bytes
         if in_space > on_disk:
             said = f"packs may take {self.space_bytes} bytes, {held} are taken, {n_bytes} needed"
-        return max(on_disk, in_space), said
+        return on_disk, in_space, said
 
 
 def parts_of(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
@@ -132,21 +161,32 @@ class MappedWeights:
     """The tensors of one shard as packs. For the thread that calls the shard."""
 
     def __init__(
-        self, shard: Shard, file: GgufFile, tensors: Iterable[TensorInfo], packs: PackFolder
+        self,
+        shard: Shard,
+        file: GgufFile,
+        tensors: Iterable[TensorInfo],
+        packs: PackFolder,
+        bring: Callable[[Sequence[TensorInfo]], None] = lambda _: None,
     ) -> None:
+        """`bring` is called with the tensors of packs that are to be made, before they are read: of
+        a model that is delivered, it returns when they are here. What it raises ends the loading.
+        """
         self._shard = shard
-        self._origin = origin_of(file)
+        self._file = file
         self._packs = packs
+        self._bring = bring
         self._tensors = list(tensors)
         self._parts = {
             str(packs.path_of(file, part)): members
             for part, members in parts_of(self._tensors).items()
         }
+        self._unmade: list[TensorInfo] = []  # of packs that have to be made yet
         self._wrong: set[str] = set()  # packs that are there and are not what they should be
         self._repairs: Counter[str] = Counter()
 
     def load(self, on_progress: Callable[[int, str], None], resident_bytes: int) -> None:
-        """Maps or makes each pack and seals the shard; `resident_bytes` of all may stay in memory.
+        """Maps the packs that are there, makes the others, and seals the shard; `resident_bytes` of
+        all may stay in memory.
 
         on_progress gets the bytes done so far and the tensor just read; what it raises ends the
         loading. Raises ModelError: a tensor is missing, not of the span, cut short or damaged; or
@@ -154,25 +194,25 @@ class MappedWeights:
         """
         self._packs.sweep()
         done_bytes, refused = 0, ""
-        in_memory: list[TensorInfo] = []
+        unmade: list[str] = []
         for path, tensors in self._parts.items():
-            n_bytes = sum(tensor.size_bytes for tensor in tensors)
-            if why := self._map(path) and self._make(path):
-                in_memory += tensors
-                # What is mapped, or will be, passes through memory.
-                mapped = [t for t in self._tensors if t not in in_memory]
-                left_bytes = resident_bytes - passing_bytes(unit_bytes(mapped))
-                if n_bytes > left_bytes:
-                    raise ModelError(
-                        f"{path} can't be written ({why}), and its {n_bytes} bytes do not fit into"
-                        f" the {max(0, left_bytes)} of memory that are left",
-                        remedy="make room on that disk, or set POTLUCK_CACHE to another one",
-                    )
-                resident_bytes -= n_bytes
-                self._keep_in_memory(tensors)
-                refused = refused or f"{path} can't be written: {why}"
-            done_bytes += n_bytes
+            if self._map(path):
+                unmade.append(path)
+                continue
+            done_bytes += _sum_bytes(tensors)
             on_progress(done_bytes, tensors[-1].name)
+        self._unmade = [tensor for path in unmade for tensor in self._parts[path]]
+        in_memory: list[TensorInfo] = []
+        with self._read(self._unmade) as right:
+            for path in unmade:
+                tensors = self._parts[path]
+                _take(right, len(tensors))
+                if why := self._make(path):
+                    resident_bytes = self._keep_in_memory(path, why, in_memory, resident_bytes)
+                    refused = refused or f"{path} can't be written: {why}"
+                self._unmade = self._unmade[len(tensors) :]
+                done_bytes += _sum_bytes(tensors)
+                on_progress(done_bytes, tensors[-1].name)
         if refused:
             log.warning("%s; what is not on disk is kept in memory", refused)
         self._shard.seal(resident_bytes)
@@ -186,14 +226,18 @@ class MappedWeights:
             if self._repairs[path] == MOST_REPAIRS:
                 raise ModelError(f"{path}: the disk returns other bytes than were written")
             log.warning("%s was damaged and is made again", path)
-            if why := self._make(path):
+            self._unmade = self._parts[path]
+            with self._read(self._unmade) as right:
+                _take(right, len(self._unmade))
+                why = self._make(path)
+            if why:
                 raise ModelError(f"{path} is damaged and can't be made again: {why}")
             self._repairs[path] += 1
 
     def _map(self, path: str) -> str:
         """Takes the tensors from a pack that is there; "", or why not."""
         try:
-            why = self._shard.map_pack(path, self._origin, self._sources(path))
+            why = self._shard.map_pack(path, self._origin(path), self._sources(path))
         except DamagedPack as e:
             why = e.message
             self._wrong.add(path)
@@ -216,21 +260,66 @@ class MappedWeights:
             why = self._make_room(path)
         return (
             why
-            or self._shard.write_pack(path, self._origin, self._sources(path))
+            or self._shard.write_pack(path, self._origin(path), self._sources(path))
             or self._map(path)
         )
 
     def _make_room(self, path: str) -> str:
         keep = {Path(p) for p in self._parts}
+        unread = [bytes.fromhex(p.name) for p in self._stored(self._unmade)]
         n_bytes = self._shard.pack_bytes(self._sources(path))
-        return self._packs.make_room(Path(path), n_bytes, keep)
+        return self._packs.make_room(Path(path), n_bytes, keep, unread)
 
-    def _keep_in_memory(self, tensors: list[TensorInfo]) -> None:
+    def _keep_in_memory(
+        self, path: str, why: str, in_memory: list[TensorInfo], resident_bytes: int
+    ) -> int:
+        """Takes the tensors of a pack that can't be written; what is left of `resident_bytes`."""
+        tensors = self._parts[path]
+        n_bytes = _sum_bytes(tensors)
+        in_memory += tensors
+        # What is mapped, or will be, passes through memory.
+        mapped = [t for t in self._tensors if t not in in_memory]
+        left_bytes = resident_bytes - passing_bytes(unit_bytes(mapped))
+        if n_bytes > left_bytes:
+            raise ModelError(
+                f"{path} can't be written ({why}), and its {n_bytes} bytes do not fit into"
+                f" the {max(0, left_bytes)} of memory that are left",
+                remedy="make room on that disk, or set POTLUCK_CACHE to another one",
+            )
+        origin = self._origin(path)
         for t in tensors:
-            self._shard.put_file(t.name, t.type_name, t.rows, t.cols, self._origin, t.offset_bytes)
+            self._shard.put_file(t.name, t.type_name, t.rows, t.cols, origin, t.offset_bytes)
+        return resident_bytes - n_bytes
+
+    @contextlib.contextmanager
+    def _read(self, tensors: list[TensorInfo]) -> Iterator[Iterator[TensorInfo]]:
+        """These, when they are here and known to be right."""
+        if tensors:
+            self._bring(tensors)
+        with verified(self._file, tensors) as right:
+            yield right
+
+    def _stored(self, tensors: list[TensorInfo]) -> list[Path]:
+        """Where delivered tensors lie."""
+        return (
+            [] if self._file.stored is None else [self._file.stored_path(t.name) for t in tensors]
+        )
+
+    def _origin(self, path: str) -> str | Synthetic | TensorFiles:
+        return origin_of(self._file, self._parts[path])
 
     def _sources(self, path: str) -> list[TensorTuple]:
         return [(t.name, t.type_name, t.rows, t.cols, t.offset_bytes) for t in self._parts[path]]
+
+
+def _take(tensors: Iterator[TensorInfo], n: int) -> None:
+    """The next n."""
+    for _ in range(n):
+        next(tensors)
+
+
+def _sum_bytes(tensors: Iterable[TensorInfo]) -> int:
+    return sum(tensor.size_bytes for tensor in tensors)
 
 
 def _used_at(path: Path) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ from potluck.errors import (
     UnknownSession,
     UsageError,
 )
-from potluck.gguf import GgufFile, TensorInfo
+from potluck.gguf import GgufFile
 from potluck.model import SCRATCH_BYTES, KvType, ModelConfig
 from potluck.packs import MappedWeights, PackFolder, unit_bytes
 from potluck.plan import Span
@@ -208,15 +208,10 @@ class Shard:
         self.mapped_bytes = shard.mapped_bytes
 
     def _read(self, shard: engine.Shard, on_progress: Callable[[int, str], None]) -> None:
-        reading = ""
-
-        def named(tensors: list[TensorInfo]) -> Iterator[TensorInfo]:
-            nonlocal reading
-            for tensor in tensors:
-                reading = tensor.name
-                yield tensor
-
-        engine.load(shard, self.file, named(self.tensors), lambda done: on_progress(done, reading))
+        tensors = iter(self.tensors)  # told of in this order
+        engine.load(
+            shard, self.file, self.tensors, lambda done: on_progress(done, next(tensors).name)
+        )
 
     def run(
         self,
