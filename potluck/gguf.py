@@ -20,7 +20,7 @@ from typing import Never, TypeVar, cast
 
 from potluck.blocks import BY_NUMBER
 from potluck.cursor import CUT_SHORT, Cursor, opened, shown
-from potluck.errors import DamagedTensor, ModelError
+from potluck.errors import DamagedTensor, ModelError, UnknownModel
 from potluck.tensor_source import KINDS
 
 Value = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[float] | Sequence[str]
@@ -209,15 +209,28 @@ def read_floats(file: GgufFile, tensor: TensorInfo) -> tuple[float, ...]:
 
     Raises ModelError: unreadable, or shorter than it was; DamagedTensor: not here, or other bytes.
     """
-    path, start = file.path, tensor.offset_bytes
-    if file.stored is not None:
-        path, start = file.stored_path(tensor.name), 0
+    if file.stored is None:
+        data = _tensor_bytes(file.path, tensor, tensor.offset_bytes)
+    else:
+        data = _stored_bytes(file.stored_path(tensor.name), tensor)
+    return struct.unpack(f"<{tensor.size_bytes // 4}f", data)
+
+
+def _stored_bytes(path: Path, tensor: TensorInfo) -> bytes:
+    """The same as their name says, or DamagedTensor."""
+    try:
+        data = _tensor_bytes(path, tensor, 0)
+    except UnknownModel as e:
+        raise DamagedTensor(f"{shown(tensor.name)}: {e.message}") from e
+    if hashlib.sha256(data).hexdigest() != path.name:
+        raise DamagedTensor(f"{shown(tensor.name)}: {shown(str(path))} is damaged")
+    return data
+
+
+def _tensor_bytes(path: Path, tensor: TensorInfo, start: int) -> bytes:
     with opened(path, limit_bytes=start + tensor.size_bytes) as cursor:
         cursor.offset = start
-        data = cursor.take(tensor.size_bytes, f"tensor {shown(tensor.name)}")
-    if file.stored is not None and hashlib.sha256(data).hexdigest() != path.name:
-        raise DamagedTensor(f"{shown(tensor.name)}: {path} is damaged")
-    return struct.unpack(f"<{tensor.size_bytes // 4}f", data)
+        return cursor.take(tensor.size_bytes, f"tensor {shown(tensor.name)}")
 
 
 def _read_version(cursor: Cursor) -> int:

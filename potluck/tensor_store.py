@@ -142,7 +142,6 @@ class TensorStore:
         write.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._locked():
                 missing, why = self._shortage(n_bytes)
                 if missing > 0:
@@ -156,13 +155,13 @@ class TensorStore:
 
     def removable_bytes(self, keep: Collection[bytes] = ()) -> int:
         """What `remove` could free."""
-        with contextlib.suppress(OSError), self._locked():
+        with contextlib.suppress(OSError), self._locked(makes=False):
             return sum(size for _, size in self._removable(keep))
         return 0
 
     def remove(self, n_bytes: int | None = None, keep: Collection[bytes] = ()) -> int:
         """Frees so much (None: all) if it can, in the order of `make_room`; the bytes freed."""
-        with contextlib.suppress(OSError), self._locked():
+        with contextlib.suppress(OSError), self._locked(makes=False):
             return self._remove(n_bytes, keep)
         return 0
 
@@ -176,7 +175,7 @@ class TensorStore:
         `now`: seconds since 1970.
         """
         now = time.time() if now is None else now
-        with contextlib.suppress(OSError), self._locked():
+        with contextlib.suppress(OSError), self._locked(makes=False):
             for path in self._files():
                 if path.name.endswith(_PART) and _used_at(path) < now - PART_SECONDS:
                     _remove_alone(path)
@@ -242,9 +241,13 @@ class TensorStore:
         return names
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Claims and removals take turns; each holds this for milliseconds."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def _locked(self, *, makes: bool = True) -> Iterator[None]:
+        """Claims and removals take turns; each holds this for milliseconds.
+
+        makes: the folder, if it is not there.
+        """
+        if makes:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self.root / ".lock", flags, 0o600)
         try:
