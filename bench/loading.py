@@ -1,5 +1,5 @@
-"""How fast a shard loads and how much memory that takes: first starts, second starts, and mapped
-weights of which only a part fits.
+"""How fast a shard loads and how much memory that takes: first starts, second starts, mapped
+weights of which only a part fits, and tensors that were delivered without the file.
 
 Each way runs in a process of its own, so that its peak of memory is its own, and all of them take
 turns. Figures: seconds until the shard is ready, GB/s of the file's bytes, peak resident memory
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import hashlib
 import json
 import re
 import shutil
@@ -24,11 +25,20 @@ from pathlib import Path
 
 import numpy as np
 
-from potluck import catalogue, engine, model
+from potluck import catalogue, engine, gguf, model
 from potluck.packs import MappedWeights, PackFolder
 from potluck.plan import Span
+from potluck.tensor_store import TensorStore
 
-WAYS = ("arena", "arena, small pages", "mmap, first", "mmap, second", "mmap, part stays")
+WAYS = (
+    "arena",
+    "arena, small pages",
+    "arena, delivered",
+    "mmap, first",
+    "mmap, second",
+    "mmap, part stays",
+    "mmap, delivered",
+)
 KV_BYTES = 2**26
 LATER_STEPS = 10
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
@@ -39,6 +49,8 @@ def run_one(path: str, way: str, threads: int, packs: Path, resident_share: floa
     if way == "arena, small pages":
         ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     file = catalogue.open_model(path)
+    if way.endswith("delivered"):
+        file = _delivered(file, packs.with_name("tensors"))
     config = model.config_of(file)
     span = Span(0, config.n_layers)
     tensors = model.span_tensors(file, config, span, embeds=True, has_head=True)
@@ -99,15 +111,43 @@ def _memory(key: str) -> int:
     return 1024 * int(found[1])
 
 
+def deliver(path: str, root: Path) -> None:
+    """Puts the model's tensors into a store, and their sums beside them."""
+    file = catalogue.open_model(path)
+    store, sums = TensorStore(root), {}
+    with file.path.open("rb") as source:
+        store.put_header(file.header_sha256, source.read(file.data_offset_bytes))
+        for tensor in file.tensors.values():
+            source.seek(tensor.offset_bytes)
+            data = source.read(tensor.size_bytes)
+            sha256 = hashlib.sha256(data).digest()
+            with store.writer(sha256, len(data)) as writer:
+                writer.write(data[writer.offset :])
+                writer.finish()
+            sums[tensor.name] = sha256.hex()
+    (root / "sums.json").write_text(json.dumps(sums), encoding="ascii")
+
+
+def _delivered(file: gguf.GgufFile, root: Path) -> gguf.GgufFile:
+    """The same model as a worker has it that was sent its tensors."""
+    store = TensorStore(root)
+    sums = json.loads((root / "sums.json").read_text(encoding="ascii"))
+    stored = {name: store.path_of(bytes.fromhex(sha256)) for name, sha256 in sums.items()}
+    return gguf.read_header(store.header_path(file.header_sha256), file.size_bytes, stored)
+
+
 def measure(args: argparse.Namespace, packs: Path) -> dict[str, list[dict[str, float]]]:
     """Figures by way, of each round."""
     figures: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(args.rounds):
         print(f"\rround {number + 1}/{args.rounds}", end="", file=sys.stderr)
         for way in WAYS:
-            if way == "mmap, first":
+            if way in ("mmap, first", "mmap, delivered"):
                 shutil.rmtree(packs, ignore_errors=True)
-            if args.warm:
+            if args.warm and way.endswith("delivered"):
+                for path in packs.with_name("tensors").glob("??/*"):
+                    _read(path)
+            elif args.warm:
                 _read(Path(args.model))
             command = [sys.executable, __file__, args.model, "--way", way]
             command += ["--threads", str(args.threads), "--packs", str(packs)]
@@ -168,7 +208,9 @@ def main() -> int:
     parser.add_argument(
         "--resident-share", type=float, default=0.6, help="of the weights, in 'part stays'"
     )
-    parser.add_argument("--packs", type=Path, help="folder for packs (default: a temporary one)")
+    parser.add_argument(
+        "--packs", type=Path, help="folder for packs and tensors (default: a temporary one)"
+    )
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -176,7 +218,9 @@ def main() -> int:
         run_one(args.model, args.way, args.threads, args.packs, args.resident_share)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        report(measure(args, (args.packs or Path(folder)) / "packs"), args.csv)
+        root = args.packs or Path(folder)
+        deliver(args.model, root / "tensors")
+        report(measure(args, root / "packs"), args.csv)
     return 0
 
 
