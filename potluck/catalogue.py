@@ -35,6 +35,7 @@ from potluck.download import (
 from potluck.errors import ModelError, UnknownModel, UsageError
 from potluck.gguf import GgufFile
 from potluck.package_index import configured, find_file
+from potluck.tensor_store import TensorStore
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -178,6 +179,17 @@ def remove(name: str) -> int:
         if not is_free:
             raise UsageError(f"{name} is being pulled by another process", remedy="stop that first")
         return _remove([*_packs_of(folder), folder])
+
+
+def tensors_bytes() -> int:
+    """What tensors take that were delivered to workers of this machine."""
+    return TensorStore(tensors_folder()).total_bytes()
+
+
+def remove_tensors() -> tuple[int, int]:
+    """Delete delivered tensors that nobody is fetching or loading: bytes freed, bytes that stay."""
+    store = TensorStore(tensors_folder())
+    return store.remove(), store.total_bytes()
 
 
 def _remove(folders: Sequence[Path]) -> int:

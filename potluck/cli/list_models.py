@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     )
     columns = ("name", "size", "where", "what")
     terminal.print_tables([terminal.Table(columns, tuple(cells), frozenset({"size"}))])
+    if delivered := catalogue.tensors_bytes():
+        size = quantities.size(delivered)
+        terminal.aside(f"Tensors delivered to workers here take {size} (potluck rm --tensors)")
     shapes = ", ".join(synthetic.SHAPES)
     terminal.aside(f"Random weights in true shapes need no file: {synthetic.EXAMPLE} ({shapes})")
     return 0
