@@ -29,6 +29,10 @@ class StreamsFigures:
         """Of all streams together; the median of the rounds."""
         return statistics.median(self.samples)
 
+    def predicted_seconds(self, stage: StageReport) -> float | None:
+        """Of the stage's compute, by the planner: for a step of one row. None: it did not say."""
+        return stage.predicted_seconds or None if self.streams == 1 else None
+
 
 @dataclass(frozen=True, slots=True)
 class LinkBytes:
@@ -168,7 +172,7 @@ def _streams_json(streams: StreamsFigures) -> dict[str, object]:
                 "span": list(s.span),
                 **{f"{part}_seconds": getattr(s, f"{part}_seconds") for part in _PARTS},
                 **{f"{part}_share": share for part, share in shares(s).items()},
-                "predicted_seconds": s.predicted_seconds or None,
+                "predicted_seconds": streams.predicted_seconds(s),
             }
             for s in streams.stages
         ],
@@ -220,15 +224,18 @@ def _against(predicted: float | None, samples: Sequence[float]) -> tuple[str, st
 
 
 def _stage_table(streams: StreamsFigures) -> terminal.Table:
-    columns = ("stage", "worker", "layers", *_PARTS, "predicted")
+    columns: tuple[str, ...] = ("stage", "worker", "layers", *_PARTS)
+    is_predicted = any(map(streams.predicted_seconds, streams.stages))
+    columns += ("predicted",) if is_predicted else ()
     rows = []
     for s in streams.stages:
         parts = [
             f"{quantities.milliseconds(getattr(s, f'{part}_seconds'))} {share:4.0%}"
             for part, share in shares(s).items()
         ]
-        expected = quantities.milliseconds(s.predicted_seconds) if s.predicted_seconds else ""
-        rows.append((str(s.stage), s.worker, f"{s.span[0]}-{s.span[1] - 1}", *parts, expected))
+        said = streams.predicted_seconds(s)
+        expected = (quantities.milliseconds(said) if said else "",) if is_predicted else ()
+        rows.append((str(s.stage), s.worker, f"{s.span[0]}-{s.span[1] - 1}", *parts, *expected))
     title = f"Stages with {quantities.count(streams.streams, 'stream')} (milliseconds a step)"
     return terminal.Table(columns, tuple(rows), frozenset(columns[3:]), title)
 

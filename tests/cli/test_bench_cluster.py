@@ -86,6 +86,9 @@ def test_predictions_stand_beside_what_they_are_of() -> None:
     speed = cluster_figures.tables(figures)[0]
     assert ("1 stream", "7.00", "8.00", "9.00", "tokens/s", "10.00", "80%") in speed.rows
     assert ("first token of 512", "2.00", "2.00", "2.00", "s", "2.50", "80%") in speed.rows
+    told = replace(STAGE, predicted_seconds=0.005)
+    assert [replace(streams, streams=n).predicted_seconds(told) for n in (1, 4)] == [0.005, None]
+    assert streams.predicted_seconds(STAGE) is None
     assert replace(figures, prompt_tokens=100).first_token_predicted is None
 
 
