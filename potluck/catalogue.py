@@ -103,6 +103,11 @@ def models_folder() -> Path:
     return cache_folder() / "models"
 
 
+def manifests_folder() -> Path:
+    """Where sha256 sums of tensors are remembered (potluck/manifest.py). It need not exist."""
+    return cache_folder() / "manifests"
+
+
 def packs_folder() -> Path:
     """Where packed weights lie (potluck/packs.py), a folder a GGUF. It need not exist."""
     return cache_folder() / "packs"
