@@ -9,6 +9,7 @@ from coordinator.engine import Engine
 from coordinator.pipeline import Pipeline
 from potluck.plan import WorkerId
 from potluck.rpc import options
+from potluck.rpc.hello import check_hello, hello
 from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc
 
 
@@ -22,9 +23,9 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.JoinRequest, context: object
     ) -> cluster_pb2.JoinReply:
         """Where to register. On loopback no token is needed; elsewhere nothing is served yet."""
-        messages.check_hello(request.hello, "the worker")
+        check_hello(request.hello, "the worker", "coordinator")
         return cluster_pb2.JoinReply(
-            hello=messages.hello(),
+            hello=hello(),
             fleet_address=self._engine.fleet_address,
             model=self._engine.model.name,
         )
@@ -40,14 +41,14 @@ class Fleet(cluster_pb2_grpc.FleetServicer):
         self, request: cluster_pb2.RegisterRequest, context: object
     ) -> cluster_pb2.RegisterReply:
         """A worker that is ready to be planned."""
-        messages.check_hello(request.hello, f"worker {request.worker}".rstrip())
+        check_hello(request.hello, f"worker {request.worker}".rstrip(), "coordinator")
         worker = self._engine.membership.register(
             request.worker, messages.worker_info(request), request.instance
         )
         return cluster_pb2.RegisterReply(
             worker=worker,
             heartbeat_seconds=options.HEARTBEAT_SECONDS,
-            hello=messages.hello(),
+            hello=hello(),
         )
 
     async def Heartbeat(

@@ -138,13 +138,13 @@ class Engine:
             wire=settings.wire,
             addresses={worker.id: worker.address for worker in workers},
             fleet_address=self.fleet_address,
+            weights_address=self.fleet_address if model.manifest is not None else "",
         )
         log.info("epoch %s: %s", self.epoch, _shown(self.plan))
         self._set_state(ServiceState.LOADING)
-        fleet = self.membership.fleet
         try:
             async with self._open_pipeline(
-                self.plan, order, fleet.note_load, self._wake.set
+                self.plan, order, self.membership.note_load, self._wake.set
             ) as pipeline:
                 gone = [s.worker for s in self.plan.stages if s.worker in self._broken]
                 if gone:

@@ -20,6 +20,7 @@ from potluck.plan import WorkerId, WorkerInfo
 FORGET_SECONDS = 600.0  # a lost worker stays in `status` so long
 _ID = re.compile(r"[a-z0-9-]{1,32}")
 _RATE_SAMPLES = 10  # heartbeats: 5 s at 0.5 s each
+LOAD_RATE_SECONDS = 5.0  # over which a load's rate is taken
 
 
 class WorkerState(Enum):
@@ -70,6 +71,33 @@ class Heartbeat:
     link: LinkFigures | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LoadNews:
+    """How far a worker's load is. Weights come from other machines first, if they have to."""
+
+    done_bytes: int = 0  # of the span's tensors, packed
+    total_bytes: int = 0
+    fetched_bytes: int = 0
+    fetch_total_bytes: int = 0
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether something has to come yet."""
+        return self.fetched_bytes < self.fetch_total_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """Rises with every byte that is fetched or packed."""
+        return self.fetched_bytes + self.done_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """Of what is under way: of the fetching, then of the packing."""
+        if self.is_fetching:
+            return self.fetch_total_bytes - self.fetched_bytes
+        return max(0, self.total_bytes - self.done_bytes)
+
+
 @dataclass(slots=True)
 class WorkerRecord:
     """One registered process. `last_heard` and `progress_at` are on the caller's clock."""
@@ -80,12 +108,12 @@ class WorkerRecord:
     state: WorkerState = WorkerState.JOINING
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(WorkerState.JOINING))
     progress_at: float = 0.0  # when the engine's counter last moved
-    load_done_bytes: int = 0
-    load_total_bytes: int = 0
+    load: LoadNews = field(default_factory=LoadNews)  # of the newest one
     ready_epoch: int = 0  # loaded, as its Load call said; 0: not since the newest load began
     lost_why: str = ""
     n_lost: int = 0  # how often a worker of this id was lost
     _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_SAMPLES))
+    _moved: deque[tuple[float, int]] = field(default_factory=deque)  # of the load: when, bytes
 
     @property
     def is_usable(self) -> bool:
@@ -99,6 +127,31 @@ class WorkerRecord:
             return 0.0
         (then, before), (now, after) = self._sent[0], self._sent[-1]
         return max(0, after - before) / (now - then) if now > then else 0.0
+
+    def load_bytes_per_second(self, now: float) -> float:
+        """What is fetched or packed, over the newest seconds; 0 before the second message.
+
+        If no message comes, the rate falls: `now` counts as one in which nothing has moved.
+        """
+        if len(self._moved) < 2:
+            return 0.0
+        (then, before), (newest, after) = self._moved[0], self._moved[-1]
+        seconds = (now if now - newest > LOAD_RATE_SECONDS else newest) - then
+        return max(0, after - before) / seconds if seconds > 0 else 0.0
+
+    def load_seconds_left(self, now: float) -> float:
+        """Until all is fetched, or all is packed; 0: unknown, or nothing is left."""
+        rate = self.load_bytes_per_second(now)
+        return self.load.left_bytes / rate if rate > 0 else 0.0
+
+    def note_load(self, news: LoadNews, now: float) -> None:
+        """Keeps a sample; another load, and packing after fetching, start anew."""
+        if news.moved_bytes < self.load.moved_bytes or news.is_fetching != self.load.is_fetching:
+            self._moved.clear()
+        self.load = news
+        self._moved.append((now, news.moved_bytes))
+        while now - self._moved[0][0] > LOAD_RATE_SECONDS and len(self._moved) > 2:
+            self._moved.popleft()
 
     def note_link(self, link: LinkFigures | None, now: float) -> None:
         """Keeps a sample of the link's counter; a new link starts anew."""
@@ -204,11 +257,11 @@ class Fleet:
         moved = {id: w.progress_at if (w := self._workers.get(id)) else -inf for id in ids}
         return min(moved, key=lambda id: moved[id]), max(moved.values())
 
-    def note_load(self, id: WorkerId, done_bytes: int, total_bytes: int) -> None:
+    def note_load(self, id: WorkerId, news: LoadNews, now: float) -> None:
         """Progress of a load, for people."""
         worker = self._workers.get(id)
         if worker is not None:
-            worker.load_done_bytes, worker.load_total_bytes = done_bytes, total_bytes
+            worker.note_load(news, now)
             worker.ready_epoch = 0
 
     def note_ready(self, ids: Iterable[WorkerId], epoch: int) -> None:

@@ -29,10 +29,16 @@ from coordinator.cluster import Cluster, Fleet
 from coordinator.config import Settings
 from coordinator.engine import Engine, ServiceState
 from coordinator.inference import Conversations, Inference
+from coordinator.weights import Weights
 from potluck.errors import PotluckError, UsageError
 from potluck.rpc import options
 from potluck.rpc.status import code_of, details_of
-from potluck.rpc.v1 import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from potluck.rpc.v1 import (
+    cluster_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    weights_pb2_grpc,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +69,9 @@ CALLERS = {
     f"{_V1}Fleet/Heartbeat": Door.FLEET,
     f"{_V1}Fleet/Leave": Door.FLEET,
     f"{_V1}Fleet/Results": Door.FLEET,
+    f"{_V1}Weights/Manifest": Door.FLEET,
+    f"{_V1}Weights/Find": Door.FLEET,
+    f"{_V1}Weights/Fetch": Door.FLEET,
 }
 
 
@@ -116,6 +125,7 @@ async def open_doors(
         (names, health.SERVICE_NAME, reflection.SERVICE_NAME), public
     )
     cluster_pb2_grpc.add_FleetServicer_to_server(Fleet(engine), fleet)
+    weights_pb2_grpc.add_WeightsServicer_to_server(Weights(engine.model), fleet)
     addresses = Addresses(
         public=_bind(public, settings.host, settings.grpc_port, "--grpc-port"),
         fleet=_bind(fleet, settings.host, settings.fleet_port, "--fleet-port"),

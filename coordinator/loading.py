@@ -15,12 +15,14 @@ import grpc
 import grpc.aio
 
 from coordinator import messages
+from coordinator.fleet import LoadNews
 from coordinator.pipeline import Pipeline, connected, dial
 from potluck.errors import PlanError, PotluckError, StageLost, Unreachable
 from potluck.model import KvType
 from potluck.plan import Plan, Stage, WorkerId
 from potluck.rpc import options
 from potluck.rpc.calls import finished
+from potluck.rpc.hello import hello
 from potluck.rpc.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 # What a worker answers when it is there and refuses; anything else means that it is gone.
@@ -37,7 +39,7 @@ _REFUSALS = frozenset(
     }
 )
 
-Progress = Callable[[WorkerId, int, int], None]  # worker, bytes done, bytes in all
+Progress = Callable[[WorkerId, LoadNews], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class LoadOrder:
     wire: str  # f32, f16 or q8: what each stage sends
     addresses: Mapping[WorkerId, str]  # host:port of each worker of the plan
     fleet_address: str  # where the last stage sends results
+    weights_address: str = ""  # where workers get tensors; "": they need none, or have them
 
 
 @asynccontextmanager
@@ -105,7 +108,7 @@ async def _load(
                     message = await finished(call.read())
                 if not isinstance(message, worker_pb2.LoadProgress):  # grpc.aio.EOF
                     break
-                on_progress(stage.worker, message.done_bytes, message.total_bytes)
+                on_progress(stage.worker, messages.load_news_of(message))
                 if message.HasField("ready"):
                     ready = message.ready
     except grpc.aio.AioRpcError as error:
@@ -133,7 +136,7 @@ def _failure(worker: WorkerId, error: grpc.aio.AioRpcError) -> PotluckError:
 def _request(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.LoadRequest:
     stage = plan.stages[i]
     return worker_pb2.LoadRequest(
-        hello=messages.hello(),
+        hello=hello(),
         epoch=order.epoch,
         model=order.model,
         span=types_pb2.Span(start=stage.span.start, stop=stage.span.stop),
@@ -145,6 +148,12 @@ def _request(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.LoadRequest:
         wire=types_pb2.ActivationType.Value(f"ACTIVATION_TYPE_{order.wire.upper()}"),
         next=_next(plan, order, i),
         max_sessions=order.max_sessions,
+        weights_address=order.weights_address,
+        neighbours=[
+            worker_pb2.LinkTarget(worker=worker, address=address)
+            for worker, address in order.addresses.items()
+            if worker != stage.worker
+        ],
     )
 
 

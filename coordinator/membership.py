@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from coordinator.fleet import Fleet, Heartbeat
+from coordinator.fleet import Fleet, Heartbeat, LoadNews
 from potluck.plan import WorkerId, WorkerInfo
 from potluck.rpc import options
 
@@ -47,6 +47,10 @@ class Membership:
     def hear(self, worker: WorkerId, instance: int, heartbeat: Heartbeat) -> None:
         """A heartbeat. Raises UnknownWorker."""
         self.fleet.hear(worker, instance, heartbeat, self._clock())
+
+    def note_load(self, worker: WorkerId, news: LoadNews) -> None:
+        """A load goes on."""
+        self.fleet.note_load(worker, news, self._clock())
 
     def leave(self, worker: WorkerId, instance: int) -> None:
         """A worker stops."""

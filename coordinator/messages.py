@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.figures import StageSeconds
-from coordinator.fleet import Heartbeat, LinkFigures, WorkerState
+from coordinator.fleet import Heartbeat, LinkFigures, LoadNews, WorkerState
 from coordinator.scheduler import Batch, BatchRows, Room
 from coordinator.session import SessionId
-from potluck import __version__, sampling
+from potluck import sampling
 from potluck.errors import PotluckError, UsageError
 from potluck.plan import WorkerId, WorkerInfo
-from potluck.rpc import PROTOCOL
 from potluck.rpc.status import error_of_failure
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2
 
@@ -54,21 +53,6 @@ class Outcome:
     failures: tuple[RowsFailure, ...] = ()
     timings: tuple[StageSeconds, ...] = ()
     breaking: types_pb2.Failure | None = None
-
-
-def hello() -> types_pb2.Hello:
-    """This side's version."""
-    return types_pb2.Hello(protocol=PROTOCOL, potluck_version=__version__)
-
-
-def check_hello(message: types_pb2.Hello, who: str) -> None:
-    """Raises UsageError, with both versions, unless the other side's protocol works with ours."""
-    if abs(message.protocol - PROTOCOL) > 1 or message.protocol == 0:
-        raise UsageError(
-            f"{who} speaks protocol {message.protocol} (potluck {message.potluck_version or '?'}),"
-            f" this coordinator {PROTOCOL} (potluck {__version__})",
-            remedy="install the same version of potluck on all machines",
-        )
 
 
 def step_message(epoch: int, step: int, batch: Batch) -> worker_pb2.Step:
@@ -147,6 +131,16 @@ def heartbeat_of(request: cluster_pb2.HeartbeatRequest) -> Heartbeat:
         link=LinkFigures(link.to, link.rtt_seconds, link.sent_bytes, link.activation_bytes)
         if request.HasField("link")
         else None,
+    )
+
+
+def load_news_of(progress: worker_pb2.LoadProgress) -> LoadNews:
+    """How far a load is."""
+    return LoadNews(
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        fetched_bytes=progress.fetched_bytes,
+        fetch_total_bytes=progress.fetch_total_bytes,
     )
 
 

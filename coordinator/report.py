@@ -89,9 +89,13 @@ def _worker(record: WorkerRecord, now: float) -> inference_pb2.WorkerStatus:
         seen_seconds=max(0.0, now - record.last_heard),
         resident_bytes=beat.resident_bytes,
         read_bytes_per_second=info.read_bytes_per_second,
-        load_done_bytes=record.load_done_bytes,
-        load_total_bytes=record.load_total_bytes,
+        load_done_bytes=record.load.done_bytes,
+        load_total_bytes=record.load.total_bytes,
         machine=info.machine,
+        load_bytes_per_second=record.load_bytes_per_second(now),
+        load_seconds_left=record.load_seconds_left(now),
+        fetched_bytes=record.load.fetched_bytes,
+        fetch_total_bytes=record.load.fetch_total_bytes,
     )
 
 

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.config import DEFAULT_CONTEXT_TOKENS, ROWS_LIMIT
 from coordinator.planner import ModelSizes, sizes_of
 from coordinator.scheduler import rows_that_fit
 from potluck import catalogue, tokenizer
 from potluck.errors import UsageError
+from potluck.gguf import GgufFile
+from potluck.manifest import Manifest
 from potluck.model import KvType, ModelConfig, config_of
 from potluck.rpc import options
 from potluck.rpc.v1 import types_pb2
@@ -29,6 +31,8 @@ class ServedModel:
     tokenizer: Tokenizer
     context_tokens: int  # of this service
     step_tokens: int  # most rows of a step: the limit, and what a message holds
+    file: GgufFile = field(repr=False)
+    manifest: Manifest | None = None  # of its file; None: a synthetic model has none
 
 
 def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) -> ServedModel:
@@ -45,8 +49,9 @@ def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) ->
         )
     fit = rows_that_fit(config.dim, options.MESSAGE_BYTES - options.ENVELOPE_BYTES)
     step_tokens = min(ROWS_LIMIT, fit)
-    name, path = model, model
+    name, path, manifest = model, model, None
     if file.synthetic is None:
+        manifest = Manifest(file, catalogue.manifests_folder())
         path = str(file.path.resolve())
         if model == str(file.path) or model.endswith(".gguf"):
             name = file.path.stem
@@ -57,10 +62,13 @@ def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) ->
             path=path,
             size_bytes=file.size_bytes,
             header_sha256=file.header_sha256,
+            modified_ns=manifest.modified_ns if manifest else 0,
         ),
         config=config,
         sizes=sizes_of(file, config, step_tokens, kv_type),
         tokenizer=tokenizer.load(file),
         context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.context_tokens),
         step_tokens=step_tokens,
+        file=file,
+        manifest=manifest,
     )

@@ -2,6 +2,7 @@
 
 PotluckError
 ├── UsageError            a value out of range, options that exclude each other
+│   └── PastEnd           an offset beyond the end of what is asked for
 ├── ModelError            file, shape, type: what was found, what was expected
 │   ├── UnknownModel      no such name or path
 │   ├── DamagedPack       a pack file changed after it was written; survived inside: made again
@@ -38,6 +39,10 @@ class PotluckError(Exception):
 
 class UsageError(PotluckError):
     """A value out of range, or options that exclude each other. Names the field and its range."""
+
+
+class PastEnd(UsageError):
+    """An offset beyond the end of what is asked for; both numbers are in the message."""
 
 
 class ModelError(PotluckError):

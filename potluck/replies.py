@@ -171,6 +171,10 @@ class WorkerReport:
     room_bytes: int | None = None  # of that, memory, if its weights are mapped from its disk
     layer_times: LayerTimes | None = None  # None: not measured
     disk: DiskFigures | None = None
+    load_bytes_per_second: float = 0.0  # fetched or packed, over the newest seconds
+    load_seconds_left: float = 0.0  # 0: unknown
+    fetched_bytes: int = 0  # of the newest load, from other machines
+    fetch_total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ async def serve(settings: Settings) -> None:
     # Only now: a wrong command line is answered without the engine, which may not be built.
     from potluck import catalogue, packs
     from potluck.engine import Engine
+    from potluck.tensor_store import TensorStore
     from worker.bandwidth import tune_threads
     from worker.membership import Membership
     from worker.probe import Memory, machine_of
@@ -53,6 +54,8 @@ async def serve(settings: Settings) -> None:
     folder = None
     if settings.weights == "mmap":
         folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes)
+    store = TensorStore(catalogue.tensors_folder(), settings.tensor_space_bytes)
+    await asyncio.to_thread(store.sweep)
     memory = Memory(settings.memory_bytes, maps_weights=folder is not None)
     engine = await asyncio.to_thread(Engine, settings.threads, settings.isa, settings.pinned)
     free_bytes = memory.now().room_bytes
@@ -60,7 +63,7 @@ async def serve(settings: Settings) -> None:
         await asyncio.to_thread(tune_threads, engine, free_bytes)
     machine = await asyncio.to_thread(machine_of, engine, free_bytes)
     async with asyncio.TaskGroup() as tasks:
-        worker = Worker(engine, machine, memory, tasks, folder)
+        worker = Worker(engine, machine, memory, tasks, folder, store)
         try:
             async with open_door(worker, settings.host, settings.port) as address:
                 membership = Membership(

@@ -33,6 +33,7 @@ class Settings:
     memory_bytes: int | None = None  # None: what is free
     weights: str = "arena"  # one of WEIGHTS
     pack_space_bytes: int | None = None  # of weights on disk; None: what the disk has
+    tensor_space_bytes: int | None = None  # of delivered tensors; None: what the disk has
     stop_with_stdin: bool = False
     log_level: str = "info"
 
@@ -90,6 +91,13 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         metavar="SIZE",
         help="most disk space for mmap (default: all but 1 GiB)",
     )
+    add(
+        "--tensor-space",
+        type=_size,
+        metavar="SIZE",
+        help="most disk space for weights that are fetched from other machines (default: all but 1"
+        " GiB)",
+    )
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     version = f"potluck {__version__}, protocol {PROTOCOL}"
@@ -107,6 +115,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         memory_bytes=given.memory,
         weights=given.weights,
         pack_space_bytes=given.pack_space,
+        tensor_space_bytes=given.tensor_space,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,
     )

@@ -17,10 +17,10 @@ from typing import Any, Protocol, cast
 import grpc
 import grpc.aio
 
-from potluck import __version__
 from potluck.errors import Unreachable
-from potluck.rpc import PROTOCOL, options, status
+from potluck.rpc import options, status
 from potluck.rpc.calls import finished
+from potluck.rpc.hello import hello
 from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc, types_pb2
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Membership:
 
     async def _join(self) -> str:
         """Where the fleet port is. Raises Unreachable, or what the coordinator refuses us with."""
-        request = cluster_pb2.JoinRequest(hello=_hello(), token=self._token)
+        request = cluster_pb2.JoinRequest(hello=hello(), token=self._token)
         async with _dialled(self._coordinator) as channel:
             call = cluster_pb2_grpc.ClusterStub(channel).Join(
                 request, timeout=options.REGISTER_SECONDS
@@ -165,7 +165,7 @@ class Membership:
         reply: cluster_pb2.RegisterReply | None = None
         while reply is None:
             request = cluster_pb2.RegisterRequest(
-                hello=_hello(),
+                hello=hello(),
                 worker=self._name,
                 address=self._address,
                 resources=await self._member.resources(),
@@ -197,10 +197,6 @@ class Membership:
                 await self._member.forget(epochs=False)
                 self._heard_at, left = loop.time(), LEASE_SECONDS
             await asyncio.sleep(left)
-
-
-def _hello() -> types_pb2.Hello:
-    return types_pb2.Hello(protocol=PROTOCOL, potluck_version=__version__)
 
 
 @asynccontextmanager

@@ -12,34 +12,44 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
-from potluck import __version__, engine, wire
-from potluck.errors import Cancelled, PotluckError, StepError, UsageError
-from potluck.model import KvType
+from potluck import catalogue, engine
+from potluck.errors import Cancelled, DamagedTensor, PotluckError, StepError
 from potluck.packs import PackFolder
-from potluck.plan import Span
-from potluck.rpc import PROTOCOL, options, status
-from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2, worker_pb2_grpc
+from potluck.rpc import options, status
+from potluck.rpc.hello import check_hello, hello
+from potluck.rpc.v1 import (
+    cluster_pb2,
+    types_pb2,
+    weights_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from potluck.tensor_store import TensorStore
+from worker.ack_stream import AckStream
+from worker.delivery import Delivery
 from worker.engine_thread import EngineThread
 from worker.kv import KvBudget
 from worker.link import Link
+from worker.orders import order_of
 from worker.probe import Machine, Memory
 from worker.sessions import Sessions, StageLimits
-from worker.shard import Order, Shard, check, find
+from worker.shard import Order, Shard
 from worker.stage import Stage
+from worker.weights import OwnFiles, Weights
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 log = logging.getLogger(__name__)
 
-DEFAULT_SESSIONS = 256
+DAMAGED_TRIES = 3  # loads of which a delivered tensor was damaged on the disk
 UNUSED_SECONDS = 5.0  # an epoch without a step, after which sessions of the one before are freed
 
 
@@ -57,11 +67,15 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         memory: Memory,
         tasks: asyncio.TaskGroup,
         packs: PackFolder | None = None,
+        store: TensorStore | None = None,
     ) -> None:
         self.name = ""
+        self.store = store or TensorStore(catalogue.tensors_folder())
+        self.own_files = OwnFiles()  # in which tensors were found that others may want
         self.machine = machine
         self.memory = memory
         self.is_loading = False
+        self.is_fetching = False
         self.n_steps = 0  # of earlier stages
         self._engine = engine_
         self._packs = packs
@@ -74,13 +88,13 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._fenced: tuple[Stage, float] | None = None
         self._load_lock = asyncio.Lock()
         self._is_closing = False
-        self._streams: set[_AckStream] = set()
+        self._streams: set[AckStream] = set()
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: Context
     ) -> worker_pb2.DescribeReply:
         """Who this is and what it holds."""
-        await _refused(context, _check_hello, request.hello)
+        await _refused(context, check_hello, request.hello, "the caller", "worker")
         return worker_pb2.DescribeReply(
             hello=hello(),
             worker=self.name,
@@ -109,7 +123,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.Step], context: Context
     ) -> None:
         """A link's receiving end: steps go to the stage, acknowledgements back."""
-        stream = _AckStream(context)
+        stream = AckStream(context)
         self._streams.add(stream)
         try:
             async for step in request_iterator:
@@ -181,11 +195,10 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         stage = self._stage
         mapped = stage.shard.mapped_bytes if stage else 0
         memory = await asyncio.to_thread(self.memory.now, mapped)
-        state = cluster_pb2.WORKER_STATE_READY if stage else cluster_pb2.WORKER_STATE_JOINING
         beat = cluster_pb2.HeartbeatRequest(
             worker=self.name,
             instance=instance,
-            state=cluster_pb2.WORKER_STATE_LOADING if self.is_loading else state,
+            state=self._state(),
             progress=self.progress,
             steps=self.n_steps + (stage.n_steps if stage else 0),
             memory_free_bytes=memory.free_bytes,
@@ -197,6 +210,13 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             beat.sessions = len(stage.sessions)
             beat.link.CopyFrom(stage.link.figures)
         return beat
+
+    def _state(self) -> cluster_pb2.WorkerState.ValueType:
+        if self.is_fetching:
+            return cluster_pb2.WORKER_STATE_FETCHING
+        if self.is_loading:
+            return cluster_pb2.WORKER_STATE_LOADING
+        return cluster_pb2.WORKER_STATE_READY if self._stage else cluster_pb2.WORKER_STATE_JOINING
 
     def fence(self, epoch: int) -> None:
         """The coordinator is at this epoch: rows of older ones are stale. Told at each heartbeat.
@@ -234,20 +254,28 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     async def _load(
         self, request: worker_pb2.LoadRequest
     ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
-        order = _order_of(request)
+        order = order_of(request)
         stage = self._stage
         if request.epoch < max(1, self._fence):
             raise StepError(f"epoch {request.epoch} is over; {max(1, self._fence)} is loaded")
         is_repeat = stage is not None and self._fence == request.epoch == stage.epoch
         if is_repeat and not self._is_same(order, request):
             raise StepError(f"epoch {request.epoch} is loaded with another shard or next stage")
+        fetched_bytes = 0
         if not is_repeat:
             async with contextlib.aclosing(self._replace(order, request)) as progress:
                 async for message in progress:
+                    fetched_bytes = message.fetched_bytes
                     yield message
         assert self._stage is not None, "_replace raises or sets it"
         total = self._stage.shard.weights_bytes
-        yield worker_pb2.LoadProgress(done_bytes=total, total_bytes=total, ready=self.loaded())
+        yield worker_pb2.LoadProgress(
+            done_bytes=total,
+            total_bytes=total,
+            ready=self.loaded(),
+            fetched_bytes=fetched_bytes,
+            fetch_total_bytes=fetched_bytes,
+        )
 
     def _is_same(self, order: Order, request: worker_pb2.LoadRequest) -> bool:
         assert self._stage is not None
@@ -258,24 +286,20 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self, order: Order, request: worker_pb2.LoadRequest
     ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
         """Another shard, or the same one for a new epoch."""
-        file, config = await asyncio.to_thread(find, order)
-        check(order, config)
-        shard = Shard(self._engine, self.name, order, file, config, self._packs)
-        budget = KvBudget.of_bytes(order.kv_bytes, shard.bytes_per_token, order.max_sessions)
-        before = await self._drop_stage()
-        self._fence = request.epoch
-        if before is not None and before.order == order:
-            shard = before
+        if self._stage is not None and self._stage.shard.order == order:
+            shard = self._stage.shard
+            budget = self._budget(shard)
+            await self._drop_stage()
+            self._fence = request.epoch
         else:
-            if before is not None:  # its memory goes back before the new one's is taken
-                await self._thread.run(before.free)
-            memory = await asyncio.to_thread(self.memory.now)
-            resident_bytes = shard.check_memory(memory.free_bytes, memory.room_bytes)
-            async with contextlib.aclosing(self._fill(shard, resident_bytes)) as progress:
+            made: list[Shard] = []
+            async with contextlib.aclosing(self._make(order, request, made)) as progress:
                 async for message in progress:
                     yield message
+            shard = made[0]
+            budget = self._budget(shard)
         link = Link(self.name, request.next, self._pass_back)
-        limits = StageLimits(config.vocab, order.context_tokens, order.has_head)
+        limits = StageLimits(shard.config.vocab, order.context_tokens, order.has_head)
         sessions = Sessions(self.name, limits, budget)
         self._model = request.model
         self._stage = Stage(
@@ -290,6 +314,61 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         )
         self._stage.start(self._tasks)
         log.info("epoch %d: layers %s of %s", request.epoch, order.span, order.model_name)
+
+    async def _make(
+        self, order: Order, request: worker_pb2.LoadRequest, made: list[Shard]
+    ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
+        """A shard from weights that are here or are brought here; `made` gets it.
+
+        What is loaded is kept until they are all here. A delivered tensor that turns out to be
+        damaged when it is loaded is brought anew.
+        """
+        async with contextlib.AsyncExitStack() as claims:
+            delivery = Delivery(order, request, self.name, self.store, self.own_files, claims)
+            for left in reversed(range(DAMAGED_TRIES)):
+                async with contextlib.aclosing(self._deliver(delivery)) as progress:
+                    async for message in progress:
+                        yield message
+                file, config = delivery.file, delivery.config
+                shard = Shard(self._engine, self.name, order, file, config, self._packs)
+                resident_bytes = await self._make_way(request.epoch, shard)
+                try:
+                    async with contextlib.aclosing(self._fill(shard, resident_bytes)) as progress:
+                        async for message in progress:
+                            message.fetched_bytes = delivery.fetched_bytes
+                            message.fetch_total_bytes = delivery.fetched_bytes
+                            yield message
+                except DamagedTensor as e:
+                    if not left:
+                        raise
+                    log.warning("%s", e.message)
+                    await self._thread.run(shard.free)
+                else:
+                    made.append(shard)
+                    return
+
+    async def _deliver(self, delivery: Delivery) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
+        self.is_fetching = True
+        try:
+            async with contextlib.aclosing(delivery.bring()) as progress:
+                async for message in progress:
+                    yield message
+        finally:
+            self.is_fetching = False
+
+    async def _make_way(self, epoch: int, shard: Shard) -> int:
+        """Drops what is loaded; how much of mapped weights may stay in memory. Raises Full."""
+        self._budget(shard)  # raises while the old one is still here
+        before = await self._drop_stage()
+        self._fence = epoch
+        if before is not None:  # its memory goes back before the new one's is taken
+            await self._thread.run(before.free)
+        memory = await asyncio.to_thread(self.memory.now)
+        return shard.check_memory(memory.free_bytes, memory.room_bytes)
+
+    def _budget(self, shard: Shard) -> KvBudget:
+        order = shard.order
+        return KvBudget.of_bytes(order.kv_bytes, shard.bytes_per_token, order.max_sessions)
 
     async def _fill(
         self, shard: Shard, resident_bytes: int
@@ -352,51 +431,16 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         return types_pb2.Failure(code=code, worker=self.name, message="no shard is loaded here")
 
 
-class _AckStream:
-    """The answering half of a Run stream; acknowledgements and failures share it."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._lock = asyncio.Lock()  # gRPC takes one write at a time
-
-    async def acknowledge(
-        self,
-        ack: worker_pb2.StepAck,
-        received_at: float,
-        moment: Callable[[], Awaitable[None]] | None,
-    ) -> None:
-        """Waits for the moment and writes; a failure of the same step does not overtake it."""
-        async with self._lock:
-            if moment is not None:
-                await moment()
-            ack.held_seconds = time.perf_counter() - received_at
-            await self._write(ack)
-
-    async def tell(self, failure: worker_pb2.StepAck) -> None:
-        """Writes what comes back unasked."""
-        async with self._lock:
-            await self._write(failure)
-
-    async def _write(self, ack: worker_pb2.StepAck) -> None:
-        try:
-            await self._context.write(ack)
-        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as e:
-            # Nobody listens any more: then there is nobody to tell.
-            log.debug("an acknowledgement found no reader: %s", e)
-
-
-def hello() -> types_pb2.Hello:
-    """This side's version."""
-    return types_pb2.Hello(protocol=PROTOCOL, potluck_version=__version__)
-
-
 @asynccontextmanager
 async def open_door(worker: Worker, host: str, port: int) -> AsyncIterator[str]:
     """Serves `worker`; its host:port. Raises PotluckError if the port can't be had."""
     server = grpc.aio.server(
-        options=options.server_options(), maximum_concurrent_rpcs=options.WORKER_RPCS
+        options=options.server_options(),
+        maximum_concurrent_rpcs=options.WORKER_RPCS + options.SERVED_STREAMS,
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+    weights = Weights(worker.store, worker.own_files)
+    weights_pb2_grpc.add_WeightsServicer_to_server(weights, server)
     _check_port(host, port)
     shown = f"[{host}]" if ":" in host else host
     bound = server.add_insecure_port(f"{shown}:{port}")
@@ -420,50 +464,6 @@ def _check_port(host: str, port: int) -> None:
             raise PotluckError(f"port {port} on {host} is in use", remedy=remedy) from e
         reason = (e.strerror or "no reason given").lower()
         raise PotluckError(f"port {port} on {host}: {reason}", remedy=remedy) from e
-
-
-_KV_TYPES: dict[int, KvType] = {
-    worker_pb2.KV_TYPE_F16: KvType.F16,
-    worker_pb2.KV_TYPE_Q8: KvType.Q8,
-}
-
-
-def _order_of(request: worker_pb2.LoadRequest) -> Order:
-    """Raises UsageError: a field that no plan has. worker/shard.py checks it against the model."""
-    _check_hello(request.hello)
-    if request.epoch == 0:
-        raise UsageError("epoch: counted from 1")
-    if request.span.start >= request.span.stop:
-        raise UsageError(f"span [{request.span.start}, {request.span.stop}) holds no layer")
-    if request.kv_type not in _KV_TYPES:
-        raise UsageError(f"kv_type {request.kv_type}: f16 or q8")
-    if request.wire not in wire.TYPE_NAMES:
-        raise UsageError(f"wire {request.wire}: f32, f16 or q8")
-    if not request.next.address:
-        raise UsageError("next.address: where results go")
-    return Order(
-        model_name=request.model.name,
-        model_path=request.model.path,
-        header_sha256=request.model.header_sha256,
-        span=Span(request.span.start, request.span.stop),
-        embeds=request.embeds,
-        has_head=request.has_head,
-        context_tokens=request.context_tokens,
-        kv_bytes=request.kv_bytes,
-        max_sessions=request.max_sessions or DEFAULT_SESSIONS,
-        kv_type=_KV_TYPES[request.kv_type],
-    )
-
-
-def _check_hello(message: types_pb2.Hello) -> None:
-    """Raises UsageError unless the caller's protocol works with ours."""
-    if message.protocol == 0 or abs(message.protocol - PROTOCOL) > 1:
-        raise UsageError(
-            f"the caller speaks protocol {message.protocol}"
-            f" (potluck {message.potluck_version or '?'}), this worker {PROTOCOL}"
-            f" (potluck {__version__})",
-            remedy="install the same version of potluck on all machines",
-        )
 
 
 async def _refused(context: Context, check_: Any, *arguments: Any) -> None:

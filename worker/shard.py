@@ -58,6 +58,7 @@ class Order:
     kv_bytes: int
     max_sessions: int
     kv_type: KvType = KvType.F16
+    modified_ns: int = 0  # of the coordinator's file; 0: unknown
 
 
 @dataclass(slots=True)

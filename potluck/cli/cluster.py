@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potluck.cli import logs, memory, quantities, terminal
+from potluck.cli import load_progress, logs, memory, quantities, terminal
 from potluck.cli.programs import Child, ChildDied
 from potluck.cli.stopping import StopSignals
 from potluck.errors import PotluckError
@@ -147,7 +147,7 @@ class LocalCluster:
         view = _View(list(self.workers))
         while True:
             report = await client.status()
-            board.show(view.lines(report, time.monotonic()))
+            board.show(view.lines(report))
             if report.is_serving:
                 return report
             await asyncio.sleep(LOOK_SECONDS)
@@ -179,21 +179,19 @@ class _View:
     def __init__(self, local: Sequence[str]) -> None:
         self._local = local
         self._started = time.monotonic()
-        self._meters: dict[str, terminal.Meter] = {}
 
-    def lines(self, report: ServiceReport, now: float) -> list[terminal.Line]:
+    def lines(self, report: ServiceReport) -> list[terminal.Line]:
         here = {worker.id: worker for worker in report.workers}
         told = ", ".join(t for t in (report.detail, _since(self._started)) if t)
         lines = [terminal.Line("service", report.state, note=told)]
         for name in sorted({*self._local, *here}):
             worker = here.get(name)
-            lines.append(self._line(worker, now) if worker else terminal.Line(name, "starting"))
+            lines.append(self._line(worker) if worker else terminal.Line(name, "starting"))
         return lines
 
-    def _line(self, worker: WorkerReport, now: float) -> terminal.Line:
-        if worker.load_total_bytes and worker.state in ("loading", "fetching"):
-            meter = self._meters.setdefault(worker.id, terminal.Meter(worker.id, worker.state))
-            return meter.line(worker.load_done_bytes, worker.load_total_bytes, now)
+    def _line(self, worker: WorkerReport) -> terminal.Line:
+        if (loading := load_progress.line(worker)) is not None:
+            return loading
         reads = f"{quantities.size(worker.read_bytes_per_second)}/s"
         offers = f"{quantities.memory(worker.memory_free_bytes)} free"
         cores = quantities.count(worker.threads, "thread")

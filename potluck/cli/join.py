@@ -60,9 +60,15 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most disk space that --weights mmap takes (default: all but 1 GiB)",
     )
+    parser.add_argument(
+        "--tensor-space",
+        type=values.size_bytes,
+        metavar="SIZE",
+        help="most disk space for weights fetched from other machines (default: all but 1 GiB)",
+    )
 
 
-MACHINE_OPTIONS = ("threads", "isa", "memory", "weights", "pack_space")
+MACHINE_OPTIONS = ("threads", "isa", "memory", "weights", "pack_space", "tensor_space")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 
-from potluck.cli import asking, quantities, running, terminal
+from potluck.cli import asking, load_progress, quantities, running, terminal
 from potluck.replies import LinkReport, ServiceReport, StageReport, WorkerReport
 
 HELP = "Show the stages, the workers and the live figures"
@@ -62,7 +62,12 @@ def summary(report: ServiceReport, address: str) -> str:
 
 def tables(report: ServiceReport) -> list[terminal.Table]:
     """Stages, workers and links; those that are empty are left out."""
-    found = [stage_table(report), _worker_table(report.workers), _link_table(report.links)]
+    found = [
+        stage_table(report),
+        _worker_table(report.workers),
+        load_progress.table(report.workers),
+        _link_table(report.links),
+    ]
     return [table for table in found if table.rows]
 
 

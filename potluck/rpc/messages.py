@@ -144,6 +144,10 @@ def _worker(worker: inference_pb2.WorkerStatus) -> replies.WorkerReport:
         room_bytes=worker.room_bytes if worker.HasField("room_bytes") else None,
         layer_times=layer_times_of(worker.layer_times) if worker.HasField("layer_times") else None,
         disk=disk_of(worker.disk) if worker.HasField("disk") else None,
+        load_bytes_per_second=worker.load_bytes_per_second,
+        load_seconds_left=worker.load_seconds_left,
+        fetched_bytes=worker.fetched_bytes,
+        fetch_total_bytes=worker.fetch_total_bytes,
     )
 
 

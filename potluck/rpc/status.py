@@ -12,6 +12,7 @@ from potluck.rpc.v1 import types_pb2
 
 _TABLE: list[tuple[type[errors.PotluckError], grpc.StatusCode]] = [
     # The first match counts: children stand before their parents.
+    (errors.PastEnd, grpc.StatusCode.OUT_OF_RANGE),
     (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UnknownModel, grpc.StatusCode.NOT_FOUND),
     (errors.ContextExceeded, grpc.StatusCode.OUT_OF_RANGE),

@@ -15,7 +15,7 @@ from coordinator.grpc_server import CALLERS, Door
 from potluck import errors
 from potluck.replies import AnswerOptions
 from potluck.rpc import PROTOCOL
-from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, types_pb2
+from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, types_pb2, weights_pb2
 
 Code = grpc.StatusCode
 HELLO = types_pb2.Hello(protocol=PROTOCOL)
@@ -41,15 +41,21 @@ def raw(channel: Any, method: str) -> Any:
     return channel.unary_stream(method)
 
 
+WEIGHTS = "/potluck.rpc.v1.Weights/"
+
+
 def test_every_method_of_ours_has_its_door() -> None:
     ours = {
         f"/{service.full_name}/{method.name}"
-        for file in (inference_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR)
+        for file in (inference_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR, weights_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods
     }
     assert {method for method in CALLERS if "/potluck." in method} == ours
-    assert all((door is Door.FLEET) == (".Fleet/" in method) for method, door in CALLERS.items())
+    fleets = {
+        method for method in CALLERS if method.startswith(("/potluck.rpc.v1.Fleet/", WEIGHTS))
+    }
+    assert {method for method, door in CALLERS.items() if door is Door.FLEET} == fleets
 
 
 @pytest.mark.parametrize("method", CALLERS)

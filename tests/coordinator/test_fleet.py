@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.fleet import FORGET_SECONDS, Fleet, Heartbeat, LinkFigures, WorkerState
+from coordinator.fleet import FORGET_SECONDS, Fleet, Heartbeat, LinkFigures, LoadNews, WorkerState
 from potluck.errors import UnknownWorker, UsageError, WorkerExists
 from potluck.plan import WorkerId, WorkerInfo
 
@@ -142,7 +142,7 @@ def test_a_worker_that_leaves_is_forgotten_at_once() -> None:
 def test_losing_a_stranger_is_no_error() -> None:
     fleet = fleet_of("a")
     fleet.lose(B, "never seen")
-    fleet.note_load(B, 1, 2)
+    fleet.note_load(B, LoadNews(1, 2), 0.0)
     assert len(fleet.usable()) == 1
 
 
@@ -161,9 +161,34 @@ def test_a_worker_that_is_gone_is_the_stillest() -> None:
 
 def test_load_progress_is_kept_for_people() -> None:
     fleet = fleet_of("a")
-    fleet.note_load(A, 30, 100)
+    fleet.note_load(A, LoadNews(30, 100), 0.0)
     worker = fleet.workers()[0]
-    assert (worker.load_done_bytes, worker.load_total_bytes) == (30, 100)
+    assert (worker.load.done_bytes, worker.load.total_bytes) == (30, 100)
+    assert (worker.load_bytes_per_second(0.0), worker.load_seconds_left(0.0)) == (0.0, 0.0)
+
+
+def test_a_fetch_has_a_rate_over_its_newest_seconds_and_a_time_left() -> None:
+    fleet = fleet_of("a")
+    worker = fleet.workers()[0]
+    for second, fetched in enumerate((0, 10, 20, 30, 40, 50, 60, 260)):
+        fleet.note_load(A, LoadNews(0, 1000, fetched, 960), float(second))
+    assert worker.load_bytes_per_second(7.0) == (260 - 20) / 5
+    assert worker.load_seconds_left(7.0) == (960 - 260) / 48
+    assert worker.load_bytes_per_second(32.0) == (260 - 20) / 30  # it stands still
+
+
+def test_packing_after_fetching_and_another_load_begin_their_rate_anew() -> None:
+    fleet = fleet_of("a")
+    worker = fleet.workers()[0]
+    fleet.note_load(A, LoadNews(0, 100, 50, 100), 0.0)
+    fleet.note_load(A, LoadNews(0, 100, 100, 100), 1.0)
+    assert worker.load_bytes_per_second(1.0) == 0.0
+    fleet.note_load(A, LoadNews(20, 100, 100, 100), 2.0)
+    assert (worker.load_bytes_per_second(2.0), worker.load_seconds_left(2.0)) == (20.0, 4.0)
+    fleet.note_load(A, LoadNews(0, 100, 5, 100), 3.0)
+    assert worker.load_bytes_per_second(3.0) == 0.0
+    fleet.note_load(A, LoadNews(0, 100, 5, 100), 3.0)
+    assert worker.load_bytes_per_second(3.0) == 0.0
 
 
 def test_a_links_rate_is_the_mean_over_the_newest_heartbeats() -> None:
@@ -220,14 +245,14 @@ def test_who_was_lost_leaves_its_place_to_a_spare_and_others_keep_theirs() -> No
 
 def test_a_loaded_worker_is_ready_at_once_whatever_an_old_heartbeat_says() -> None:
     fleet = fleet_of("a", "b")
-    fleet.note_load(A, 10, 10)
+    fleet.note_load(A, LoadNews(10, 10), 0.0)
     fleet.note_ready([A, WorkerId("gone")], epoch=3)
     assert [worker.state for worker in fleet.workers()] == [WorkerState.READY, WorkerState.JOINING]
     fleet.hear(A, 1, Heartbeat(WorkerState.LOADING, epoch=2), 1.0)  # written before the load's end
     assert fleet.workers()[0].state is WorkerState.READY
     fleet.hear(A, 1, Heartbeat(WorkerState.DRAINING, epoch=3), 2.0)
     assert fleet.workers()[0].state is WorkerState.DRAINING
-    fleet.note_load(A, 1, 10)  # of the next epoch
+    fleet.note_load(A, LoadNews(1, 10), 0.0)  # of the next epoch
     fleet.hear(A, 1, Heartbeat(WorkerState.LOADING, epoch=0), 3.0)
     assert fleet.workers()[0].state is WorkerState.LOADING
 

@@ -37,6 +37,9 @@ MAY_IMPORT_GRPC = {
     "worker/server.py",
     "worker/link.py",
     "worker/membership.py",
+    "worker/ack_stream.py",
+    "worker/sources.py",
+    "worker/weights.py",
     "worker/__main__.py",
 }
 

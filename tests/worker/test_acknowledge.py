@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.worker.test_pipeline import opened, rows, tokens
-from worker import server, stage
+from worker import ack_stream, stage
 
 
 async def test_a_step_is_sent_on_before_it_is_acknowledged(
@@ -20,7 +20,7 @@ async def test_a_step_is_sent_on_before_it_is_acknowledged(
     events: list[str] = []
     async with rig(1) as r:
         await r.load()
-        send, write = r.workers[0]._stage.link.send, server._AckStream._write
+        send, write = r.workers[0]._stage.link.send, ack_stream.AckStream._write
 
         async def sent(message: Any, activation_bytes: int = 0) -> None:
             events.append("sent")
@@ -31,7 +31,7 @@ async def test_a_step_is_sent_on_before_it_is_acknowledged(
             await write(self, ack)
 
         monkeypatch.setattr(r.workers[0]._stage.link, "send", sent)
-        monkeypatch.setattr(server._AckStream, "_write", acknowledged)
+        monkeypatch.setattr(ack_stream.AckStream, "_write", acknowledged)
         await r.run(opened(1), rows(1, 0, tokens(3), 1))
         await r.run(rows(1, 3, tokens(1), 1))
     assert events == ["sent", "acknowledged"] * 2

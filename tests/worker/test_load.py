@@ -329,7 +329,7 @@ async def test_a_load_that_the_system_fails_says_why(
         raise PermissionError(13, "Permission denied", "/models/tiny.gguf")
 
     async with rig(1) as r:
-        monkeypatch.setattr("worker.server.find", fail)
+        monkeypatch.setattr("worker.delivery.find", fail)
         code, words = await refusal(r, 0, r.load_request(0, (0, 4), 1))
         assert (code, "Permission denied: '/models/tiny.gguf'" in words) == (FAILED, True)
         monkeypatch.undo()

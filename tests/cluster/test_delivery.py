@@ -1,0 +1,228 @@
+"""Weights that come over the network, with real programs: what is sent, kept, resumed, refused.
+
+Workers are to stand for other machines, so the model's path must lead nowhere for them: the
+coordinator opens the file by a link, which is then removed. A removed file can still be read by who
+has it open, and a second start of the coordinator gets the link again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potluck import gguf, model
+from potluck.client import Client
+from potluck.plan import Span
+from potluck.replies import AnswerOptions, Piece, ServiceReport, WorkerReport
+from potluck.tensor_store import TensorStore
+from potluck.testing import TinyShape, write_tiny
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+SMALL = TinyShape(n_layers=6, context_tokens=256)
+# 0.2 GB: long enough on the way to be caught there.
+LARGE = TinyShape(weight_type="f16", dim=1024, n_layers=8, n_heads=16, ffn_dim=2816, head_dim=64)
+GREEDY = AnswerOptions(max_tokens=12, temperature=0.0, logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "small.gguf", SMALL)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "large.gguf", LARGE)
+
+
+def span_bytes(path: Path, start: int, stop: int) -> int:
+    """Of the span's tensors, those that are equal counted once."""
+    file = gguf.read(path)
+    config = model.config_of(file)
+    ends = {"embeds": start == 0, "has_head": stop == config.n_layers}
+    with path.open("rb") as opened:
+        found: dict[bytes, int] = {}
+        for tensor in model.span_tensors(file, config, Span(start, stop), **ends):
+            opened.seek(tensor.offset_bytes)
+            found[opened.read(tensor.size_bytes)] = tensor.size_bytes
+    return sum(found.values())
+
+
+@dataclass
+class Machines:
+    """A coordinator that has the model, and workers on machines that have not."""
+
+    source: Path  # the file, where nobody looks
+    path: Path  # where the coordinator finds it while it starts
+    folder: Path  # of logs and caches
+    n_workers: int
+    coordinator: subprocess.Popen[str] | None = None
+    workers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    ports: tuple[str, str] = ("0", "0")
+    n_logs: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ports[0]}"
+
+    def start_coordinator(self, *options: str) -> None:
+        if not self.path.exists():
+            os.link(self.source, self.path)
+        grpc, fleet = self.ports
+        self.coordinator, said = self._start(
+            "coordinator",
+            "potluck-coordinator",
+            str(self.path),
+            *("--grpc-port", grpc, "--fleet-port", fleet, "--workers", str(self.n_workers)),
+            *("--context", "128", *options),
+        )
+        grpc, fleet = (str(said[door]).rpartition(":")[2] for door in ("grpc", "fleet"))
+        self.ports = (grpc, fleet)
+        self.path.unlink()
+
+    def start_worker(self, name: str, *options: str, cache: str = "") -> None:
+        """`cache` "": one of its own."""
+        self.workers[name], _ = self._start(
+            cache or name,
+            "potluck-worker",
+            *("--coordinator", self.address, "--name", name, "--port", "0", "--threads", "1"),
+            *options,
+        )
+
+    def store(self, cache: str) -> TensorStore:
+        return TensorStore(self.folder / cache / "tensors")
+
+    def status(self) -> ServiceReport:
+        async def ask() -> ServiceReport:
+            async with Client(self.address) as client:
+                return await client.status()
+
+        return asyncio.run(ask())
+
+    def until_serving(self) -> dict[str, WorkerReport]:
+        """Workers by name, once the service serves."""
+        deadline = time.monotonic() + 90
+        while not (report := self.status()).is_serving:
+            for process in (self.coordinator, *self.workers.values()):
+                assert process is not None
+                assert process.poll() is None, self.said()
+            assert time.monotonic() < deadline, (report, self.said())
+            time.sleep(0.02)
+        return {worker.id: worker for worker in report.workers}
+
+    def fetched(self) -> dict[str, int]:
+        """Bytes that each worker got from others in its newest load, once the service serves."""
+        return {name: worker.fetched_bytes for name, worker in self.until_serving().items()}
+
+    def bits(self) -> object:
+        """An answer, with the bits of its log-probabilities."""
+
+        async def ask() -> list[object]:
+            async with Client(self.address) as client:
+                events = [event async for event in client.generate("once upon", GREEDY)]
+                tokens = [t for e in events if isinstance(e, Piece) for t in e.tokens]
+                return [(t.id, float(t.logprob or 0.0).hex()) for t in tokens]
+
+        return asyncio.run(ask())
+
+    def said(self) -> str:
+        return "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate()
+
+    def stop(self, *names: str) -> None:
+        """These workers, or (none named) all programs."""
+        ended = [self.workers.pop(name) for name in names or list(self.workers)]
+        if not names and self.coordinator is not None:
+            ended.append(self.coordinator)
+            self.coordinator = None
+        for process in ended:
+            process.send_signal(signal.SIGTERM)
+        for process in ended:
+            process.communicate(timeout=30)
+
+    def _start(
+        self, cache: str, program: str, *command: str
+    ) -> tuple[subprocess.Popen[str], dict[str, object]]:
+        self.n_logs += 1
+        with (self.folder / f"{self.n_logs:02}-{cache}.log").open("w") as err:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).parent / program), *command, "--stop-with-stdin"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                env={**os.environ, "POTLUCK_CACHE": str(self.folder / cache)},
+            )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, self.said()
+        announced: dict[str, object] = json.loads(line)
+        return process, announced
+
+
+Machine = Callable[..., Machines]
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machine]:
+    """machines(model, n_workers=1): a coordinator runs, workers are to be started."""
+    made: list[Machines] = []
+
+    def make(source: Path, n_workers: int = 1) -> Machines:
+        folder = tmp_path / f"{len(made)}"
+        folder.mkdir()
+        made.append(Machines(source, folder / "model.gguf", folder, n_workers))
+        made[-1].start_coordinator()
+        return made[-1]
+
+    yield make
+    for each in made:
+        try:
+            each.stop()
+        finally:
+            for process in (each.coordinator, *each.workers.values()):
+                if process is not None and process.poll() is None:
+                    each.kill(process)
+
+
+def test_a_worker_without_the_file_answers_like_one_with_it(
+    machines: Machine, small: Path, start_cluster: Any
+) -> None:
+    here = start_cluster(small, workers=1, options=("--context", "128"))
+    expected = here.answer("once upon", GREEDY).bits
+    away = machines(small)
+    away.start_worker("w1")
+    away.until_serving()
+    assert tuple(away.bits()) == expected  # type: ignore[arg-type]  # a list of pairs
+
+
+def test_only_the_tensors_of_a_span_are_sent_and_only_once(machines: Machine, small: Path) -> None:
+    away = machines(small, n_workers=2)
+    for name in ("w1", "w2"):
+        away.start_worker(name)
+    fetched = away.fetched()
+    spans = {stage.worker: stage.span for stage in away.status().plan}
+    assert len(spans) == 2
+    for name, span in spans.items():
+        assert fetched[name] == span_bytes(small, *span)
+        header_bytes = gguf.read(small).data_offset_bytes
+        assert away.store(name).total_bytes() == fetched[name] + header_bytes
+    away.stop()
+    away.start_coordinator()
+    for name in spans:
+        away.start_worker(name)
+    assert set(away.fetched().values()) == {0}
