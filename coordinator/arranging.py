@@ -19,7 +19,8 @@ from potluck.plan import WorkerId, WorkerInfo
 
 # Slots that differ by less are the same: two probes of one machine differ by 2 %.
 _SAME_SLOT = 1.01
-_COMPARED = 200  # fillings at most
+_COMPARED = 200  # fillings at most,
+_ROUTES = 30  # if each needs its own order
 
 Order = list[tuple[int, int]]  # workers of the pool and their layers, as they are passed
 
@@ -32,18 +33,21 @@ def arranged(
     near = [f for f in found.filled if f.slot_seconds <= least * _SAME_SLOT]
     near.sort(key=lambda f: f.cost)
     held = [stored.get(worker.id, frozenset()) for worker in pool.workers]
-    orders = [order for f in near[:_COMPARED] for order in _orders(pool, f, found.way.rows, held)]
+    times, n = pool.times(found.way.rows), len(pool.workers)
+    routes = Routes(times.latency[:n, :n], times.busy[:n, :n])
+    most = _COMPARED if pool.has_equal_links else _ROUTES
+    orders = [order for f in near[:most] for order in _orders(pool, f, routes, held)]
     best = min(orders, key=lambda order: (_moved(order, layer_bytes, held), _steps_back(order)))
     return [(pool.workers[i], n) for i, n in best]
 
 
 def _orders(
-    pool: Pool, filled: Filled, rows: int, held: Sequence[frozenset[int]]
+    pool: Pool, filled: Filled, routes: Routes, held: Sequence[frozenset[int]]
 ) -> Iterator[Order]:
     """By registration, and, if workers hold layers, by those."""
     counts = dict(zip(filled.members, filled.counts, strict=True))
     if not pool.has_equal_links:
-        order = [(i, counts[i]) for i in _route(pool, filled, rows)]
+        order = [(i, counts[i]) for i in _route(filled, routes)]
     else:
         ends = filled.first, filled.last
         middle = [(i, counts[i]) for i in filled.members if i not in ends]
@@ -59,14 +63,13 @@ def _orders(
             yield [*exchanged[:1], *middle, *exchanged[1:][-1:]]
 
 
-def _route(pool: Pool, filled: Filled, rows: int) -> list[int]:
+def _route(filled: Filled, routes: Routes) -> list[int]:
     """The cheapest order over links that are not occupied longer than the slot."""
-    times, n = pool.times(rows), len(pool.workers)
-    latency, busy = times.latency[:n, :n], times.busy[:n, :n]
-    order = Routes(latency).order(filled.members, filled.first, filled.last)
+    order = routes.order(filled.members, filled.first, filled.last)
     slot = filled.slot_seconds * (1 + 1e-9)
-    if len(order) > 1 and busy[order[:-1], order[1:]].max() > slot:
-        allowed = Routes(np.where(busy <= slot, latency, np.inf))
+    if len(order) > 1 and routes.busy[order[:-1], order[1:]].max() > slot:
+        cost = np.where(routes.busy <= slot, routes.cost, np.inf)
+        allowed = Routes(cost, routes.busy)
         order = allowed.order(filled.members, filled.first, filled.last)
     return order
 

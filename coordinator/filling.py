@@ -13,7 +13,7 @@ import numpy as np
 from coordinator.goal import Way
 from coordinator.pool import EMBEDS, HAS_HEAD, Floats, Indices, Pool
 
-_CELLS = 300_000  # values of an array [ends, bounds, stages] at most: 2.4 MB, a millisecond each
+_CELLS = 100_000  # values of an array [ends, bounds, stages] at most: a third of a millisecond each
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Filling:
             every = every[-1:]
         found = np.full(len(self.ends), np.inf)
         while len(every):
-            tried = self.some(every)
-            sweep, slot, _ = self.fill(every[tried])
+            tried = self._some(every)
+            sweep, slot, _ = self._fill(every[tried])
             costs = way.costs(sweep, slot)  # [p, c]
             found = np.minimum(found, costs.min(axis=1))
             if len(tried) == len(every):
@@ -63,9 +63,24 @@ class Filling:
 
     def balanced(self, way: Way, limit: float) -> list[Filled]:
         """For each choice of ends the least slot whose cost is `limit` at most, if there is one."""
-        bounds = self._bounds(way.most_slot(limit))
-        found = (_balanced(self.of_ends(i), way, limit, bounds) for i in range(len(self.ends)))
-        return [filled for filled in found if filled is not None]
+        return self.balanced_within(self._bounds(way.most_slot(limit)), way, limit)
+
+    def balanced_within(self, bounds: Floats, way: Way, limit: float) -> list[Filled]:
+        """The same for slots among `bounds`, which rise."""
+        if len(bounds) == 0:
+            return []
+        tried = self._some(bounds)
+        sweep, slot, counts = self._fill(bounds[tried])
+        good = way.costs(sweep, slot) <= limit  # [p, c]
+        found = []
+        for i in map(int, np.flatnonzero(good.any(axis=1))):
+            at = int(np.argmax(good[i]))
+            if at == 0 or tried[at] - tried[at - 1] == 1:
+                found.append(self._filled(i, counts[i, at], sweep[i, at], slot[i, at], way))
+            else:  # between two that were tried there are others
+                others = bounds[tried[at - 1] + 1 : tried[at] + 1]
+                found += self._of_ends(i).balanced_within(others, way, limit)
+        return found
 
     def _bounds(self, high: float) -> Floats:
         """Times up to `high` that a stage can have, rising."""
@@ -74,14 +89,14 @@ class Filling:
         every = np.unique(starts[:, :, None] + self.layer[:, None] * layers)
         return every[every <= high * (1 + 1e-9)]
 
-    def some(self, bounds: Floats) -> Indices:
+    def _some(self, bounds: Floats) -> Indices:
         """Places of as many bounds as may be tried at once, both ends with them."""
         most = max(_CELLS // self.room.size, 8)
         if len(bounds) <= most:
             return np.arange(len(bounds))
         return np.linspace(0, len(bounds) - 1, most).round().astype(np.int64)
 
-    def fill(self, bounds: Floats) -> tuple[Floats, Floats, Floats]:
+    def _fill(self, bounds: Floats) -> tuple[Floats, Floats, Floats]:
         """Sweep [p, c], infinite where the layers do not fit, slot [p, c] and layers [p, c, k]."""
         constant, room = self.constant[:, None, :], self.room[:, None, :]
         within = np.floor((bounds[None, :, None] - constant) / self.layer + 1e-9)
@@ -97,8 +112,7 @@ class Filling:
         fit &= left >= 0
         return np.where(fit, sweep, np.inf), slot, counts
 
-    def of_ends(self, i: int) -> Filling:
-        """With one choice of ends only."""
+    def _of_ends(self, i: int) -> Filling:
         one = slice(i, i + 1)
         return replace(
             self,
@@ -109,10 +123,10 @@ class Filling:
             room=self.room[one],
         )
 
-    def filled(self, counts: Floats, sweep: float, slot: float, cost: float) -> Filled:
-        """Of the only choice of ends."""
+    def _filled(self, i: int, counts: Floats, sweep: float, slot: float, way: Way) -> Filled:
+        """Of one choice of ends."""
         order = np.argsort(self.members)
-        first, last = self.members[self.ends[0]]
+        first, last = self.members[self.ends[i]]
         return Filled(
             tuple(int(m) for m in self.members[order]),
             int(first),
@@ -120,7 +134,7 @@ class Filling:
             tuple(int(n) for n in counts[order]),
             float(sweep),
             float(slot),
-            float(cost),
+            float(way.costs(np.array(sweep), np.array(slot))),
         )
 
 
@@ -150,19 +164,3 @@ def filling_of(
         constant,
         pool.rooms[by_cost[None, :], role],
     )
-
-
-def _balanced(one: Filling, way: Way, limit: float, bounds: Floats) -> Filled | None:
-    """The least slot of the only choice of ends; `bounds` rise."""
-    while len(bounds):
-        tried = one.some(bounds)
-        sweep, slot, counts = one.fill(bounds[tried])
-        costs = way.costs(sweep, slot)[0]
-        good = np.flatnonzero(costs <= limit)
-        if len(good) == 0:
-            return None
-        at = int(good[0])
-        if at == 0 or tried[at] - tried[at - 1] == 1:
-            return one.filled(counts[0, at], sweep[0, at], slot[0, at], costs[at])
-        bounds = bounds[tried[at - 1] + 1 : tried[at] + 1]
-    return None

@@ -143,6 +143,19 @@ def groups(sessions: int) -> list[tuple[int, int]]:
     return [(steps, rows) for rows, steps in found.items()]
 
 
+def shared(forecasts: Sequence[Forecast], sessions: int) -> float:
+    """Tokens/s of so many sessions in several pipelines, each where it adds most."""
+    if len(forecasts) == 1:
+        return forecasts[0].tokens_per_second(sessions)
+    totals, counts = [0.0] * len(forecasts), [0] * len(forecasts)
+    following = [forecast.tokens_per_second(1) for forecast in forecasts]
+    for _ in range(sessions):
+        i = max(range(len(forecasts)), key=lambda i: following[i] - totals[i])
+        totals[i], counts[i] = following[i], counts[i] + 1
+        following[i] = forecasts[i].tokens_per_second(counts[i] + 1)
+    return sum(totals)
+
+
 def forecast_of(
     plan: Plan,
     sizes: ModelSizes,

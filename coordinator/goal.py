@@ -12,6 +12,9 @@ import numpy as np
 from coordinator.forecast import groups
 from coordinator.pool import Floats
 
+# Up to so many steps under way each number is tried, then every one that is so much larger.
+_EVERY_WAY, _NEXT_WAY = 10, 1.3
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -64,5 +67,9 @@ def goal_of(sessions: int, slowest_weight: float | None, rules: Rules) -> Goal:
     """
     if slowest_weight is not None:
         return Goal((Way(1, 0.0, slowest_weight),), rules)
-    ways = (Way(rows, float(steps), 0.0) for steps, rows in groups(sessions))
+    ways, until = [], 0.0
+    for steps, rows in groups(sessions):
+        if steps <= _EVERY_WAY or steps >= until:
+            ways.append(Way(rows, float(steps), 0.0))
+            until = steps * _NEXT_WAY
     return Goal(tuple(ways), rules)

@@ -14,8 +14,8 @@ from coordinator.asked import Asked
 from coordinator.forecast import Forecast, forecast_of
 from coordinator.goal import Rules, goal_of
 from coordinator.limits import PlanLimits
-from coordinator.pool import pool_of
-from coordinator.search import search
+from coordinator.pool import fits, pool_of
+from coordinator.search import MOST_EVALUATIONS, search
 from coordinator.sizes import ModelSizes, end_bytes, most_layers, whole_pages
 from potluck.plan import Links, Plan, Span, Stage, WorkerId, WorkerInfo
 
@@ -30,6 +30,8 @@ class Task:
     limits: PlanLimits = field(default_factory=dict)
     stored: Mapping[WorkerId, frozenset[int]] = field(default_factory=dict)
     rules: Rules = field(default_factory=Rules)
+    weighs_orders: bool = True  # as in coordinator/search
+    most_evaluations: int = MOST_EVALUATIONS
 
     @property
     def context_tokens(self) -> int:
@@ -39,7 +41,7 @@ class Task:
     @property
     def kv_levels(self) -> list[int]:
         """Numbers of sessions that KV is planned for, the wished one first: it is halved."""
-        levels = [self.asked.max_sessions]
+        levels = [max(self.asked.max_sessions, self.asked.sessions)]
         while levels[-1] > 1:
             levels.append(levels[-1] // 2)
         return levels
@@ -56,19 +58,27 @@ class Layout:
     """A pipeline, and by what it was chosen."""
 
     plan: Plan
-    score: float  # less is better, among layouts for as many sessions
+    kv_sessions: int  # contexts that its KV holds
+    score: float  # seconds a token, or what else was minimised; less is better
     evaluations: int  # sets of workers that were filled for it
 
 
 def lay_out(task: Task, workers: Sequence[WorkerInfo], sessions: int) -> Layout | None:
-    """The best pipeline for so many sessions at once; None: not one context's KV fits beside it."""
+    """The best pipeline for so many sessions at once, or for as many as there is KV for.
+
+    None: not one context's KV fits beside the layers.
+    """
     levels = task.kv_levels
     needed = [n for n in levels if n >= min(sessions, levels[0])][-1]
+    best: Layout | None = None
     for level in levels[levels.index(needed) :]:
-        layout = _of_level(task, workers, sessions, level)
-        if layout is not None:
-            return _with_more_kv(task, workers, sessions, layout, level)
-    return None
+        layout = _of_level(task, workers, min(sessions, level), level)
+        if layout is None:
+            continue
+        if best is not None and layout.score > best.score * (1 - task.rules.stage_worth):
+            break  # less KV does not leave that much more room for fast layers
+        best = layout
+    return best and _with_more_kv(task, workers, sessions, best)
 
 
 def plan_of(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> Plan:
@@ -92,32 +102,55 @@ def _of_level(
     sizes, asked = task.sizes, task.asked
     n_positions = level * task.context_tokens
     pool = pool_of(sizes, workers, n_positions, task.links, task.limits, asked.timed_positions)
-    found = search(pool, goal_of(sessions, asked.slowest_weight, task.rules))
+    if not fits(pool):
+        return None
+    goal = goal_of(sessions, asked.slowest_weight, task.rules)
+    found = search(
+        pool,
+        goal,
+        weighs_orders=task.weighs_orders,
+        most_evaluations=task.most_evaluations,
+    )
     if found is None:
         return None
     order = arranging.arranged(pool, found, sizes.layer_bytes, task.stored)
-    return Layout(plan_of(sizes, order, n_positions), found.score, found.evaluations)
+    plan = plan_of(sizes, order, n_positions)
+    return Layout(plan, level, found.score / sessions, found.evaluations)
 
 
 def _with_more_kv(
-    task: Task, workers: Sequence[WorkerInfo], sessions: int, layout: Layout, level: int
+    task: Task, workers: Sequence[WorkerInfo], sessions: int, layout: Layout
 ) -> Layout:
     """KV for as many sessions as fit beside the same layers, or beside others that cost less than a
     stage must save.
     """
     most = layout.score / (1 - task.rules.stage_worth)
-    infos = {worker.id: worker for worker in workers}
-    order = [(infos[stage.worker], stage.span.n_layers) for stage in layout.plan.stages]
+    wished = task.kv_levels[0]
+    fitting = _with_all_kv(task, workers, layout, wished)
+    if fitting.kv_sessions == wished or layout.kv_sessions < sessions:
+        return fitting
     for more in task.kv_levels:
-        if more <= level:
+        if more <= fitting.kv_sessions:
             break
-        n_positions = more * task.context_tokens
-        if _has_room(task.sizes, order, n_positions):
-            return replace(layout, plan=plan_of(task.sizes, order, n_positions))
         other = _of_level(task, workers, sessions, more)
         if other is not None and other.score <= most:
-            return other
-    return layout
+            return _with_all_kv(task, workers, other, wished)
+    return fitting
+
+
+def _with_all_kv(task: Task, workers: Sequence[WorkerInfo], layout: Layout, wished: int) -> Layout:
+    """KV for as many sessions as fit beside these layers."""
+    infos = {worker.id: worker for worker in workers}
+    order = [(infos[stage.worker], stage.span.n_layers) for stage in layout.plan.stages]
+    low, high = layout.kv_sessions, wished
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _has_room(task.sizes, order, middle * task.context_tokens):
+            low = middle
+        else:
+            high = middle - 1
+    plan = plan_of(task.sizes, order, low * task.context_tokens)
+    return replace(layout, plan=plan, kv_sessions=low)
 
 
 def _has_room(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> bool:

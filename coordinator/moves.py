@@ -6,21 +6,23 @@ worker swapped, added or dropped, again and again. Compared by their bounds, whi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from coordinator.bounds import cost_bounds
+from coordinator.bounds import rough_bounds
 from coordinator.goal import Goal
 from coordinator.pool import Floats, Indices, Pool
 
 _KEPT = 12  # sets that are filled in the end
-_ROUNDS = 12  # of moves
-_OFFERED = 12  # classes that may be swapped in at a time: the cheapest and the largest
+_ROUNDS = 6  # of moves
+_OFFERED = 8  # classes that may be swapped in at a time: the cheapest and the largest
 
 
 def promising_sets(pool: Pool, goal: Goal) -> Indices:
     """[v, classes]: the best sets found, by their bounds."""
     sets = _beginnings(pool, goal)
-    scores = _scores(pool, goal, sets)
+    goal, scores = _likely(pool, goal, sets)
     for _ in range(_ROUNDS):
         best = sets[int(np.argmin(scores))]
         moved = _moved(pool, best)
@@ -52,6 +54,15 @@ def _beginnings(pool: Pool, goal: Goal) -> Indices:
     return np.unique(np.array(found), axis=0)
 
 
+def _likely(pool: Pool, goal: Goal, sets: Indices) -> tuple[Goal, Floats]:
+    """The goal with those ways only that one of the best sets would be used in, and scores."""
+    penalty = np.array([goal.penalty(int(k)) for k in sets.sum(axis=1)])
+    scores = np.stack([rough_bounds(pool, sets, way) for way in goal.ways]) * penalty  # [w, v]
+    best = np.argsort(scores.min(axis=0), kind="stable")[:_KEPT]
+    ways = sorted({int(w) for w in scores[:, best].argmin(axis=0)})
+    return replace(goal, ways=tuple(goal.ways[w] for w in ways)), scores.min(axis=0)
+
+
 def _moved(pool: Pool, counts: Indices) -> Indices:
     """All sets that are one move away."""
     of = np.array([members[0] for members in pool.classes])
@@ -72,7 +83,7 @@ def _moved(pool: Pool, counts: Indices) -> Indices:
 
 def _scores(pool: Pool, goal: Goal, sets: Indices) -> Floats:
     penalty = np.array([goal.penalty(int(k)) for k in sets.sum(axis=1)])
-    bounds: Floats = np.min([cost_bounds(pool, sets, way) for way in goal.ways], axis=0)
+    bounds: Floats = np.min([rough_bounds(pool, sets, way) for way in goal.ways], axis=0)
     scores: Floats = bounds * penalty
     return scores
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from coordinator.asked import Asked
 from coordinator.every_worker import spread
-from coordinator.forecast import Forecast
+from coordinator.forecast import Forecast, shared
 from coordinator.goal import Rules
-from coordinator.layout import Task, lay_out, plan_of
+from coordinator.layout import Task, plan_of
 from coordinator.limits import PlanLimits, WorkerLimits, usable
+from coordinator.replicas import fleet_of
 from coordinator.sizes import ModelSizes, size_text, sizes_of
 from potluck.errors import PlanError
 from potluck.plan import Links, Plan, WorkerId, WorkerInfo
@@ -45,6 +46,10 @@ class Planned:
     replica_forecasts: tuple[Forecast, ...] = ()  # of each of them
     advice: tuple[str, ...] = ()  # one line each, for people
 
+    def tokens_per_second(self, sessions: int = 1) -> float:
+        """Of so many sessions in all pipelines, each session where it adds most."""
+        return shared([self.forecast, *self.replica_forecasts], sessions)
+
 
 def plan(
     sizes: ModelSizes,
@@ -65,11 +70,14 @@ def plan(
         raise PlanError("no worker is here", remedy="start one with `potluck join`")
     pool = usable(workers, limits)
     task = Task(sizes, asked, links, limits, stored, rules)
-    found = _every_worker(task, pool) if asked.every_worker else _best(task, pool)
-    used = {stage.worker for stage in found.stages}
+    plans = [_every_worker(task, pool)] if asked.every_worker else _best(task, pool)
+    forecasts = [task.forecast(each, pool) for each in plans]
+    used = {stage.worker for each in plans for stage in each.stages}
     return Planned(
-        plan=found,
-        forecast=task.forecast(found, pool),
+        plan=plans[0],
+        forecast=forecasts[0],
+        replicas=tuple(plans[1:]),
+        replica_forecasts=tuple(forecasts[1:]),
         spares=tuple(worker.id for worker in workers if worker.id not in used),
     )
 
@@ -90,11 +98,11 @@ def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
     return first.kv_bytes // (sizes.kv_layer_bytes * first.span.n_layers)
 
 
-def _best(task: Task, workers: Sequence[WorkerInfo]) -> Plan:
-    layout = lay_out(task, workers, task.asked.sessions)
-    if layout is None:
+def _best(task: Task, workers: Sequence[WorkerInfo]) -> list[Plan]:
+    fleet = fleet_of(task, workers)
+    if fleet is None:
         raise _too_little(task.sizes, workers, task.context_tokens)
-    return layout.plan
+    return [layout.plan for layout in fleet.layouts]
 
 
 def _every_worker(task: Task, workers: Sequence[WorkerInfo]) -> Plan:

@@ -52,7 +52,7 @@ class Pool:
     has_equal_links: bool  # between workers: their order then costs the same
     classes: tuple[tuple[int, ...], ...]  # workers that are alike, in the order of the first
     pinned: tuple[bool, ...]  # of each class: people want all of it used
-    _times: dict[int, RowTimes] = field(default_factory=dict)
+    _times: dict[int, RowTimes] = field(default_factory=dict, compare=False)  # by rows
 
     def times(self, rows: int) -> RowTimes:
         """Of a step of `rows` rows; computed once."""
@@ -114,19 +114,20 @@ def pool_of(
 
 
 def fits(pool: Pool) -> bool:
-    """Whether any plan of the pool exists. More stages never have less room, but for the ends."""
-    n, need = len(pool.workers), pool.n_layers
-    if n == 0 or pool.least[_pinned(pool)].sum() > need:
-        return False
-    if (pool.rooms[_pinned(pool), 0] < pool.least[_pinned(pool)]).any():
+    """Whether any plan of the pool exists: if all workers have no room, fewer have none either."""
+    need, pinned = pool.n_layers, _pinned(pool)
+    if len(pool.workers) == 0 or (pool.rooms[pinned, 0] < pool.least[pinned]).any():
         return False
     alone = (pool.rooms[:, EMBEDS + HAS_HEAD] >= need) & (pool.least <= need)
-    pinned = np.flatnonzero(_pinned(pool))
-    if alone.any() and (len(pinned) == 0 or (len(pinned) == 1 and alone[pinned[0]])):
+    if pinned.any():
+        alone &= pinned & (pinned.sum() == 1)
+    if alone.any():
         return True
     middle, first, last = pool.rooms[:, 0], pool.rooms[:, EMBEDS], pool.rooms[:, HAS_HEAD]
     total = middle.sum() + (first - middle)[:, None] + (last - middle)[None, :]  # [first, last]
-    can = (first >= pool.least)[:, None] & (last >= pool.least)[None, :]
+    more = np.where(pinned, 0, pool.least)  # layers that it gets for being an end
+    needed = pool.least[pinned].sum() + more[:, None] + more[None, :]
+    can = (first >= pool.least)[:, None] & (last >= pool.least)[None, :] & (needed <= need)
     np.fill_diagonal(can, val=False)
     return bool((can & (total >= need)).any())
 

@@ -18,37 +18,52 @@ EXACT_STAGES = 10  # 1,024 sets of at most 10 first and last: 10 ms a set of ten
 _TURNS = 200  # pieces turned round at most, in a long route
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The cheapest ways through some workers, by the first (row) and the last: [k, k]."""
+
+    total: Floats  # infinite: there is none
+    longest: Floats  # the largest `busy` on the way
+
+
 @dataclass
 class Routes:
-    """Least costs of passing workers; `cost` [n, n] is of a link, infinite if it is not allowed."""
+    """Least costs of passing workers. `cost` [n, n] is of a link, infinite if it is not allowed;
+    `busy` [n, n] is how long it is occupied.
+    """
 
     cost: Floats
-    _tables: dict[tuple[int, ...], Floats] = field(default_factory=dict)
+    busy: Floats
+    _tables: dict[tuple[int, ...], Costs] = field(default_factory=dict)
 
-    def costs(self, members: tuple[int, ...]) -> Floats:
-        """[k, k]: the least cost of a way through all members, from the first (row) to the last.
+    def costs(self, members: tuple[int, ...]) -> Costs:
+        """Through all of `members`, which rise and are EXACT_STAGES at most."""
+        if members not in self._tables:
+            self._tables[members] = self._compute(members)
+        return self._tables[members]
 
-        `members` rise and are EXACT_STAGES at most. Infinite: no such way.
-        """
-        known = self._tables.get(members)
-        if known is not None:
-            return known
+    def _compute(self, members: tuple[int, ...]) -> Costs:
+        """From the ways that leave out the last: [last, first, the one before the last]."""
         k = len(members)
-        found = np.full((k, k), np.inf)
+        total, longest = np.full((k, k), np.inf), np.zeros((k, k))
         if k == 1:
-            found[0, 0] = 0.0
-        else:
-            for last in range(k):
-                others = members[:last] + members[last + 1 :]
-                step = self.cost[list(others), members[last]]  # [k - 1], from the one before
-                least = (self.costs(others) + step[None, :]).min(axis=1)
-                found[np.arange(k) != last, last] = least
-        self._tables[members] = found
-        return found
+            return Costs(np.zeros((1, 1)), longest)
+        others = [members[:last] + members[last + 1 :] for last in range(k)]
+        tables = [self.costs(each) for each in others]
+        before, here = np.array(others), np.array(members)[:, None]
+        totals = np.stack([t.total for t in tables]) + self.cost[before, here][:, None, :]
+        busy = np.maximum(
+            np.stack([t.longest for t in tables]), self.busy[before, here][:, None, :]
+        )
+        chosen = totals.argmin(axis=2)[:, :, None]
+        last, first = np.nonzero(~np.eye(k, dtype=np.bool_))
+        total[first, last] = np.take_along_axis(totals, chosen, axis=2).ravel()
+        longest[first, last] = np.take_along_axis(busy, chosen, axis=2).ravel()
+        return Costs(total, longest)
 
     def order(self, members: tuple[int, ...], first: int, last: int) -> list[int]:
-        """The members in the cheapest order from `first` to `last`. Equal ones: as they stand."""
-        if len(members) <= EXACT_STAGES:
+        """The cheapest order of members from `first` to `last`; in large pools a cheap one."""
+        if len(members) <= EXACT_STAGES >= len(self.cost):
             return self._exact_order(tuple(sorted(members)), first, last)
         return self._long_order(members, first, last)
 
@@ -60,7 +75,7 @@ class Routes:
             if len(members) == 1:
                 way.append(members[0])
                 break
-            table = self.costs(members)[members.index(first)] + self.cost[list(members), here]
+            table = self.costs(members).total[members.index(first)] + self.cost[list(members), here]
             way.append(members[int(len(members) - 1 - np.argmin(table[::-1]))])
         return way[::-1]
 

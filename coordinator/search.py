@@ -21,9 +21,12 @@ from coordinator.pool import Floats, Indices, Pool
 from coordinator.routes import EXACT_STAGES, Routes, long_cost
 
 _EXACT_SETS = 1100  # of counts a class: ten unlike workers have 1,023
-_EVALUATIONS = 500  # sets filled at most; then what was found is taken
-_ENDS = 5  # of many stages so many workers are tried at each end
+MOST_EVALUATIONS = 500  # sets filled
+_ENDS = 2  # of many stages so many workers are tried at each end
+_WAYS = 2  # in large pools so many are tried for a set, by their bounds
 _LEVELS = 6  # bounds on how long a link may be occupied
+_NEARLY_BEST = 40  # sets whose best balanced filling is looked for,
+_NEARLY_BEST_OF_MANY = 3  # and in large pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +47,33 @@ class _Try:
     cost: float
 
 
-def search(pool: Pool, goal: Goal) -> Found | None:
-    """The best pipeline of the pool, or None if the model does not fit it."""
+def search(
+    pool: Pool, goal: Goal, *, weighs_orders: bool = True, most_evaluations: int = MOST_EVALUATIONS
+) -> Found | None:
+    """The best pipeline of the pool, or None if the model does not fit it.
+
+    `weighs_orders`: links cost what they cost in the best order. Else, and with many workers, what
+    they cost in the mean: many times faster, and links are a small part. After `most_evaluations`
+    sets the best of them is taken.
+    """
     if not pool.workers:
         return None
-    return _Search(pool, goal).run()
+    few = len(pool.workers) <= EXACT_STAGES
+    weighs_orders = weighs_orders and few and not pool.has_equal_links
+    return _Search(pool, goal, most_evaluations, weighs_orders=weighs_orders).run()
 
 
 class _Search:
     """One search: what was tried, and the best of it."""
 
-    def __init__(self, pool: Pool, goal: Goal) -> None:
+    def __init__(
+        self, pool: Pool, goal: Goal, most_evaluations: int, *, weighs_orders: bool
+    ) -> None:
         self.pool, self.goal = pool, goal
+        self.most_evaluations, self.weighs_orders = most_evaluations, weighs_orders
+        is_small = len(pool.workers) <= EXACT_STAGES
+        self.most_ways = len(goal.ways) if is_small else _WAYS
+        self.nearly_best = _NEARLY_BEST if is_small else _NEARLY_BEST_OF_MANY
         self.tries: list[_Try] = []
         self.best = np.inf  # score
         self.best_stages = 0
@@ -71,10 +89,10 @@ class _Search:
         bounds = np.stack([cost_bounds(self.pool, sets, way) for way in self.goal.ways])  # [w, v]
         scores = bounds.min(axis=0) * penalty
         for v in np.lexsort((stages, scores)):
-            if scores[v] > self.best * near or self.evaluations >= _EVALUATIONS:
+            if scores[v] > self.best * near or self.evaluations >= self.most_evaluations:
                 break
             members = self._members(sets[v])
-            for w in np.argsort(bounds[:, v], kind="stable"):
+            for w in np.argsort(bounds[:, v], kind="stable")[: self.most_ways]:
                 if bounds[w, v] * penalty[v] > self.best * near:
                     break
                 self._try(members, self.goal.ways[w], float(penalty[v]))
@@ -150,7 +168,7 @@ class _Search:
 
         No order is better than the cheapest unless a link in that is what others wait for.
         """
-        if self.pool.has_equal_links or len(members) > EXACT_STAGES or way.is_sweep_alone:
+        if not self.weighs_orders or way.is_sweep_alone:
             return [np.inf]
         times = self.pool.times(way.rows)
         each = list(members)
@@ -173,23 +191,15 @@ class _Search:
         k = len(members)
         if k == 1:
             return outer, busy
-        if self.pool.has_equal_links or k > EXACT_STAGES:
+        if not self.weighs_orders:
             inner = np.full(len(ends), long_cost(times.latency, members))
             each = list(members)
             largest = times.busy[np.ix_(each, each)][~np.eye(k, dtype=np.bool_)].max()
             return outer + inner, np.maximum(busy, largest if self.pool.has_equal_links else 0)
-        routes = self.routes(rows, level)
+        table = self.routes(rows, level).costs(members)
         place = {m: i for i, m in enumerate(members)}
-        table = routes.costs(members)
-        inner = table[[place[int(m)] for m in first], [place[int(m)] for m in last]]
-        longest = [
-            self._longest(routes.order(members, int(a), int(b)), rows) if np.isfinite(cost) else 0.0
-            for (a, b), cost in zip(ends, inner, strict=True)
-        ]
-        return outer + inner, np.maximum(busy, np.array(longest))
-
-    def _longest(self, order: list[int], rows: int) -> float:
-        return float(self.pool.times(rows).busy[order[:-1], order[1:]].max())
+        at = [place[int(m)] for m in first], [place[int(m)] for m in last]
+        return outer + table.total[at], np.maximum(busy, table.longest[at])
 
     def routes(self, rows: int, level: float) -> Routes:
         """Ways over links that no step of `rows` rows occupies longer than `level`."""
@@ -198,7 +208,7 @@ class _Search:
             times = self.pool.times(rows)
             n = len(self.pool.workers)
             cost = np.where(times.busy <= level, times.latency, np.inf)[:n, :n]
-            self._routes[key] = Routes(cost)
+            self._routes[key] = Routes(cost, times.busy[:n, :n])
         return self._routes[key]
 
     def _chosen(self) -> Found:
@@ -207,9 +217,8 @@ class _Search:
         limit = cost * (1 + self.goal.rules.near) * (1 + 1e-9)
         filled: list[Filled] = []
         best_way = self.goal.ways[0]
-        for tried in sorted(self.tries, key=lambda t: t.cost):
-            if len(tried.members) != self.best_stages or tried.cost > limit:
-                continue
+        near = [t for t in self.tries if len(t.members) == self.best_stages and t.cost <= limit]
+        for tried in sorted(near, key=lambda t: t.cost)[: self.nearly_best]:
             if not filled:
                 best_way = tried.way
             for filling in self._fillings(tried.members, tried.way):

@@ -9,11 +9,14 @@ from itertools import combinations, pairwise, permutations
 
 import pytest
 
+from coordinator import arranging
 from coordinator.asked import Asked
 from coordinator.forecast import forecast_of, groups
-from coordinator.goal import Rules
-from coordinator.layout import Task, lay_out, plan_of
+from coordinator.goal import Rules, goal_of
+from coordinator.layout import Task, plan_of
 from coordinator.limits import WorkerLimits, is_pinned, layer_range
+from coordinator.pool import fits, pool_of
+from coordinator.search import search
 from coordinator.sizes import ModelSizes, most_layers
 from potluck.plan import LayerTimes, LinkFigures, Links, WorkerId, WorkerInfo
 
@@ -118,14 +121,15 @@ def test_no_pipeline_of_any_subset_order_and_split_is_better() -> None:
     for _ in range(CASES):
         task, workers = random_task(rng)
         best = least_cost(task, workers)
-        layout = lay_out(task, workers, task.asked.sessions)
-        if layout is None:
+        pool = pool_of(task.sizes, workers, task.context_tokens, task.links, task.limits, 200)
+        found = search(pool, goal_of(task.asked.sessions, task.asked.slowest_weight, EXACT))
+        assert fits(pool) == (found is not None)
+        if found is None:
             assert best == float("inf")
             seen.add("refused")
             continue
-        infos = {w.id: w for w in workers}
-        order = tuple(infos[stage.worker] for stage in layout.plan.stages)
-        counts = tuple(stage.span.n_layers for stage in layout.plan.stages)
+        arranged = arranging.arranged(pool, found, task.sizes.layer_bytes, {})
+        order, counts = zip(*arranged, strict=True)
         assert allowed(task, order, counts)
         assert cost_of(task, order, counts) == pytest.approx(best, rel=1e-6), (task, workers)
         seen.add(f"{len(order)} of {len(workers)}")
