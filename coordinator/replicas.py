@@ -109,7 +109,7 @@ def _several(task: Task, workers: Sequence[WorkerInfo]) -> Iterator[Fleet]:
 def _unlike(pool: Pool, promising: list[tuple[float, Shares]]) -> list[tuple[float, Shares]]:
     """Without those that share out alike workers in the same way once more."""
     class_of = {i: c for c, members in enumerate(pool.classes) for i in members}
-    found = {}
+    found: dict[tuple[tuple[int, ...], ...], tuple[float, Shares]] = {}
     for total, shares in promising:
         key = tuple(sorted(tuple(sorted(class_of[i] for i in part)) for part in shares))
         found.setdefault(key, (total, shares))
