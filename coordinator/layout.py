@@ -13,7 +13,7 @@ from coordinator import arranging
 from coordinator.asked import Asked
 from coordinator.forecast import Forecast, forecast_of
 from coordinator.goal import Rules, goal_of
-from coordinator.limits import PlanLimits
+from coordinator.limits import PlanLimits, is_pinned
 from coordinator.pool import fits, pool_of
 from coordinator.search import MOST_EVALUATIONS, search
 from coordinator.sizes import ModelSizes, end_bytes, most_layers, whole_pages
@@ -59,7 +59,8 @@ class Layout:
 
     plan: Plan
     kv_sessions: int  # contexts that its KV holds
-    score: float  # seconds a token, or what else was minimised; less is better
+    cost: float  # seconds a token, or what else was minimised; less is better
+    score: float  # the same with what its stages should have saved
     evaluations: int  # sets of workers that were filled for it
 
 
@@ -79,6 +80,26 @@ def lay_out(task: Task, workers: Sequence[WorkerInfo], sessions: int) -> Layout 
             break  # less KV does not leave that much more room for fast layers
         best = layout
     return best and _with_more_kv(task, workers, sessions, best)
+
+
+def has_room(task: Task, workers: Sequence[WorkerInfo]) -> bool:
+    """Whether a plan exists, with KV for one context."""
+    positions = task.context_tokens
+    return fits(pool_of(task.sizes, workers, positions, Links(), task.limits, 0))
+
+
+def alone(task: Task, workers: Sequence[WorkerInfo]) -> Plan | None:
+    """The whole model on the one worker that is fastest for one answer; None: it fits none."""
+    pinned = [worker for worker in workers if is_pinned(task.limits, worker.id)]
+    if len(pinned) > 1:
+        return None
+    tried = [
+        lay_out(task, [worker], 1)
+        for worker in pinned or workers
+        if _has_room(task.sizes, [(worker, task.sizes.n_layers)], task.context_tokens)
+    ]
+    found = [layout for layout in tried if layout is not None]
+    return min(found, key=lambda layout: layout.score).plan if found else None
 
 
 def plan_of(sizes: ModelSizes, order: Sequence[tuple[WorkerInfo, int]], n_positions: int) -> Plan:
@@ -115,16 +136,16 @@ def _of_level(
         return None
     order = arranging.arranged(pool, found, sizes.layer_bytes, task.stored)
     plan = plan_of(sizes, order, n_positions)
-    return Layout(plan, level, found.score / sessions, found.evaluations)
+    return Layout(plan, level, found.cost / sessions, found.score / sessions, found.evaluations)
 
 
 def _with_more_kv(
     task: Task, workers: Sequence[WorkerInfo], sessions: int, layout: Layout
 ) -> Layout:
-    """KV for as many sessions as fit beside the same layers, or beside others that cost less than a
-    stage must save.
+    """KV for as many sessions as fit beside the same layers, or on more workers if answers are not
+    slower for it by what a stage must save.
     """
-    most = layout.score / (1 - task.rules.stage_worth)
+    most = layout.cost / (1 - task.rules.stage_worth)
     wished = task.kv_levels[0]
     fitting = _with_all_kv(task, workers, layout, wished)
     if fitting.kv_sessions == wished or layout.kv_sessions < sessions:
@@ -133,7 +154,7 @@ def _with_more_kv(
         if more <= fitting.kv_sessions:
             break
         other = _of_level(task, workers, sessions, more)
-        if other is not None and other.score <= most:
+        if other is not None and other.cost <= most:
             return _with_all_kv(task, workers, other, wished)
     return fitting
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from coordinator.advice import advice_for
 from coordinator.asked import Asked
 from coordinator.every_worker import spread
 from coordinator.forecast import Forecast, shared
 from coordinator.goal import Rules
-from coordinator.layout import Task, plan_of
+from coordinator.layout import Task, has_room, plan_of
 from coordinator.limits import PlanLimits, WorkerLimits, usable
+from coordinator.refusal import refusal
 from coordinator.replicas import fleet_of
-from coordinator.sizes import ModelSizes, size_text, sizes_of
+from coordinator.sizes import ModelSizes, sizes_of
 from potluck.errors import PlanError
 from potluck.plan import Links, Plan, WorkerId, WorkerInfo
 
@@ -67,7 +69,7 @@ def plan(
     every worker (a synthetic: model) nothing has to be sent.
     """
     if not workers:
-        raise PlanError("no worker is here", remedy="start one with `potluck join`")
+        raise _nobody()
     pool = usable(workers, limits)
     task = Task(sizes, asked, links, limits, stored, rules)
     plans = [_every_worker(task, pool)] if asked.every_worker else _best(task, pool)
@@ -79,6 +81,7 @@ def plan(
         replicas=tuple(plans[1:]),
         replica_forecasts=tuple(forecasts[1:]),
         spares=tuple(worker.id for worker in workers if worker.id not in used),
+        advice=advice_for(task, pool, plans, forecasts),
     )
 
 
@@ -89,7 +92,11 @@ def plan_for(
 
     Raises PlanError, with the bytes needed and offered, if the model does not fit even so.
     """
-    return plan(sizes, workers, Asked(context_tokens, max_sessions, every_worker=True)).plan
+    if not workers:
+        raise _nobody()
+    return _every_worker(
+        Task(sizes, Asked(context_tokens, max_sessions, every_worker=True)), workers
+    )
 
 
 def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
@@ -98,10 +105,14 @@ def kv_tokens(plan: Plan, sizes: ModelSizes) -> int:
     return first.kv_bytes // (sizes.kv_layer_bytes * first.span.n_layers)
 
 
+def _nobody() -> PlanError:
+    return PlanError("no worker is here", remedy="start one with `potluck join`")
+
+
 def _best(task: Task, workers: Sequence[WorkerInfo]) -> list[Plan]:
     fleet = fleet_of(task, workers)
     if fleet is None:
-        raise _too_little(task.sizes, workers, task.context_tokens)
+        raise refusal(task, workers, has_room)
     return [layout.plan for layout in fleet.layouts]
 
 
@@ -117,28 +128,9 @@ def _every_worker(task: Task, workers: Sequence[WorkerInfo]) -> Plan:
         best = spread(sizes, workers, n_positions, task.limits)
         if best is not None:
             return plan_of(sizes, best, n_positions)
-    raise _too_little(sizes, workers, task.context_tokens)
+    raise refusal(task, workers, _has_room_for_each)
 
 
-def _too_little(sizes: ModelSizes, workers: Sequence[WorkerInfo], context_tokens: int) -> PlanError:
-    kv = context_tokens * sizes.kv_layer_bytes * sizes.n_layers
-    needed = sizes.weight_bytes + kv + sizes.scratch_bytes * len(workers)
-    offered = sum(worker.memory_free_bytes for worker in workers)
-    least = min(workers, key=lambda worker: worker.memory_free_bytes)
-    name = "worker offers" if len(workers) == 1 else "workers offer"
-    message = (
-        f"the model needs {size_text(needed)} ({size_text(sizes.weight_bytes)} of weights,"
-        f" {size_text(kv)} of KV for one context of {context_tokens} tokens),"
-        f" {len(workers)} {name} {size_text(offered)}"
-    )
-    if offered >= needed:
-        message += (
-            f", but {least.id} offers {size_text(least.memory_free_bytes)}, too little for its part"
-        )
-    rooms = [worker.room_bytes for worker in workers if worker.room_bytes is not None]
-    if rooms:
-        message += (
-            f"; of that {size_text(sum(rooms))} are memory, which KV, buffers and two layers at a"
-            " time must fit into"
-        )
-    return PlanError(message, remedy="add a worker, give workers more --memory or lower --context")
+def _has_room_for_each(task: Task, workers: Sequence[WorkerInfo]) -> bool:
+    """Whether each of the workers can be a stage."""
+    return spread(task.sizes, workers, task.context_tokens, task.limits) is not None

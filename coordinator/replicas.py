@@ -20,7 +20,9 @@ from coordinator.pool import Indices, Pool, pool_of
 from coordinator.routes import EXACT_STAGES
 from potluck.plan import WorkerInfo
 
-_TRIED = 2  # ways to share out workers that are planned in full, the most promising
+_TRIED = 2  # ways to share out workers that are planned in full, the most promising,
+_TRIED_OF_MANY = 1  # if there are more than
+_MANY_WORKERS = 64
 _EVALUATIONS = 200  # sets filled for all pipelines, but these for each:
 _LEAST_EVALUATIONS = 12
 
@@ -99,7 +101,8 @@ def _several(task: Task, workers: Sequence[WorkerInfo]) -> Iterator[Fleet]:
                 promising.append((total, shares))
     promising.sort(key=lambda pair: -pair[0])
     promising = _unlike(pool, promising)
-    for _, shares in promising[:_TRIED]:
+    tried = _TRIED if len(workers) <= _MANY_WORKERS else _TRIED_OF_MANY
+    for _, shares in promising[:tried]:
         sessions = _sessions(pool, shares, task.asked.sessions)
         layouts = _lay_out_each(task, pool, shares, sessions)
         if layouts is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from potluck import model
 from potluck.errors import PlanError
@@ -25,6 +26,8 @@ class ModelSizes:
     kv_layer_bytes: int  # of one position in one layer
     scratch_bytes: int  # buffers of a step
     row_bytes: int = 0  # values of one row of an activation on a link
+    kv_q8_layer_bytes: int = 0  # what kv_layer_bytes is with --kv-type q8; 0: unknown
+    q4_0_layer_bytes: int = 0  # what the largest layer would be in q4_0; 0: unknown
 
     def __post_init__(self) -> None:
         if not self.layer_bytes:
@@ -61,6 +64,8 @@ def sizes_of(
         kv_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1), kv_type),
         scratch_bytes=model.scratch_bytes(config, step_tokens),
         row_bytes=_row_bytes(config.dim, wire),
+        kv_q8_layer_bytes=model.kv_bytes_per_token(config, Span(0, 1), KvType.Q8),
+        q4_0_layer_bytes=max(_q4_0_bytes(file, config, i) for i in range(config.n_layers)),
     )
 
 
@@ -105,6 +110,16 @@ def largest_unit(sizes: ModelSizes, *, has_head: bool) -> int:
 def _unmapped_bytes(sizes: ModelSizes, *, has_head: bool) -> int:
     """What a stage of mapped weights needs of memory besides KV; its worker asks for no more."""
     return max(sizes.scratch_bytes, SCRATCH_BYTES) + 2 * largest_unit(sizes, has_head=has_head)
+
+
+def _q4_0_bytes(file: GgufFile, config: ModelConfig, layer: int) -> int:
+    """Of a layer whose matrices are 32 weights in 18 bytes."""
+    span = Span(layer, layer + 1)
+    tensors = model.span_tensors(file, config, span, embeds=False, has_head=False)
+    return sum(
+        prod(tensor.shape) * 18 // 32 if len(tensor.shape) > 1 else tensor.size_bytes
+        for tensor in tensors
+    )
 
 
 def _row_bytes(dim: int, wire: str) -> int:
