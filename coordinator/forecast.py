@@ -79,7 +79,8 @@ class Forecast:
 
     stages: tuple[StageForecast, ...]
     links: tuple[LinkForecast, ...]  # one more than stages, in the order of a step's way
-    load_seconds: Mapping[WorkerId, float]  # of each stage's worker
+    load_seconds: Mapping[WorkerId, float]  # of each stage's worker, if it alone loads
+    line_seconds: float = 0.0  # that the coordinator's own line takes for all that is missing
 
     def sweep_seconds(self, rows: int = 1) -> float:
         """Lambda: a step's way through all stages and back to the coordinator."""
@@ -127,8 +128,8 @@ class Forecast:
 
     @property
     def whole_load_seconds(self) -> float:
-        """Until the last worker is loaded."""
-        return max(self.load_seconds.values())
+        """Until the last worker is loaded, if all weights come from the coordinator."""
+        return max(self.line_seconds, *self.load_seconds.values())
 
 
 def groups(sessions: int) -> list[tuple[int, int]]:
@@ -188,7 +189,7 @@ def forecast_of(
         stage.worker: _load_seconds(stage, sizes, infos[stage.worker], links, stored)
         for stage in plan.stages
     }
-    return Forecast(stages, between, load)
+    return Forecast(stages, between, load, _line_seconds(plan, sizes, links, stored))
 
 
 def link_row_bytes(sizes: ModelSizes, source: WorkerId, target: WorkerId) -> int:
@@ -208,6 +209,18 @@ def missing_bytes(stage: Stage, sizes: ModelSizes, stored: frozenset[int]) -> in
     if stage.has_head and span.stop - 1 not in stored:
         missing += sizes.head_bytes
     return missing
+
+
+def _line_seconds(
+    plan: Plan, sizes: ModelSizes, links: Links, stored: Mapping[WorkerId, frozenset[int]]
+) -> float:
+    """Of sending all that is missing: the coordinator's line is as fast as its fastest link."""
+    missing = sum(
+        missing_bytes(stage, sizes, stored.get(stage.worker, frozenset())) for stage in plan.stages
+    )
+    return missing / max(
+        links.of(COORDINATOR, stage.worker).bytes_per_second for stage in plan.stages
+    )
 
 
 def _load_seconds(

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.forecast import Forecast, forecast_of, groups
+from coordinator.asked import Asked
+from coordinator.forecast import Forecast, forecast_of, groups, shared
 from coordinator.layer_times import speed_of
 from coordinator.sizes import ModelSizes
+from potluck.errors import PlanError
 from potluck.plan import (
     DiskFigures,
     LayerTimes,
@@ -134,6 +136,40 @@ def test_loading_takes_what_is_missing_over_the_slower_of_link_and_disk() -> Non
     found = forecast(plan(2, 2), *workers, links=fast)
     assert found.load_seconds == pytest.approx({"w1": 0.208 / 0.5 + 0.208 / 2, "w2": 0.25})
     assert found.whole_load_seconds == pytest.approx(0.52)
+    no_disk = forecast(plan(2, 2), worker("w1"), worker("w2"), links=fast)
+    assert no_disk.whole_load_seconds == pytest.approx(0.208 + 0.25)  # both share one line
     stored = {WorkerId("w1"): frozenset({0, 1}), WorkerId("w2"): frozenset({2})}
     found = forecast(plan(2, 2), *workers, links=fast, stored=stored)
     assert found.load_seconds == pytest.approx({"w1": 0.208 / 2, "w2": 0.15})
+
+
+def test_sessions_go_to_the_pipeline_where_they_add_most() -> None:
+    steep = LayerTimes(100 * MB, (1, 2), (0.01, 0.02), 50 * MB, 0.005)
+    fast = forecast(plan(4), worker("w1", times=steep))
+    slow = forecast(plan(4), worker("w1", times=replace(steep, seconds=(0.02, 0.04))))
+    assert shared([slow, fast], 1) == pytest.approx(fast.tokens_per_second(1))
+    both = slow.tokens_per_second(1) + fast.tokens_per_second(1)
+    assert shared([slow, fast], 2) == pytest.approx(both)
+    assert shared([fast], 7) == pytest.approx(fast.tokens_per_second(7))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"context_tokens": 0},
+        {"sessions": 0},
+        {"max_sessions": 0},
+        {"slowest_weight": -1.0},
+        {"slowest_weight": float("nan")},
+        {"positions": -1},
+    ],
+)
+def test_what_cannot_be_asked_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(PlanError):
+        Asked(**{"context_tokens": 64, **wrong})  # type: ignore[arg-type]  # by field name
+
+
+def test_kv_is_timed_with_a_question_and_half_of_its_answer() -> None:
+    assert Asked(64).timed_positions == 32
+    assert Asked(4096).timed_positions == 256
+    assert Asked(4096, positions=1000).timed_positions == 1000

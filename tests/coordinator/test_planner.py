@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.planner import ModelSizes, kv_tokens, plan_for, sizes_of
+from coordinator.planner import Asked, ModelSizes, kv_tokens, plan, plan_for, sizes_of
 from potluck import gguf, model
 from potluck.errors import PlanError
 from potluck.model import SCRATCH_BYTES, passing_bytes
@@ -155,6 +155,8 @@ def test_more_workers_than_layers_are_refused() -> None:
 def test_no_worker_is_refused() -> None:
     with pytest.raises(PlanError, match="no worker"):
         plan_for(sizes(2), [], 64, 1)
+    with pytest.raises(PlanError, match="no worker"):
+        plan(sizes(2), [], Asked(64))
 
 
 def test_a_model_without_layers_is_refused() -> None:
@@ -170,6 +172,9 @@ def test_sizes_come_from_the_file(tmp_path: Path) -> None:
     assert found.kv_layer_bytes == 2 * config.n_kv_heads * config.head_dim * 2
     q8 = sizes_of(file, config, 64, model.KvType.Q8)
     assert q8 == replace(found, kv_layer_bytes=2 * config.n_kv_heads * (config.head_dim + 4))
+    assert found.row_bytes == 4 * config.dim
+    assert sizes_of(file, config, 64, wire="f16").row_bytes == 2 * config.dim
+    assert sizes_of(file, config, 64, wire="q8").row_bytes == config.dim * 34 // 32
     assert found.weight_bytes == sum(tensor.size_bytes for tensor in file.tensors.values())
 
 
