@@ -164,6 +164,12 @@ def kv_bytes_per_token(config: ModelConfig, span: Span, kv_type: KvType = KvType
     return 2 * span.n_layers * config.n_kv_heads * kv_type.head_bytes(config.head_dim)
 
 
+def layer_macs(config: ModelConfig) -> int:
+    """Multiply-adds of one row in the matrices of one layer; LLaMA-65B: 809,500,672."""
+    shapes = _layer_shapes(config).values()
+    return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+
+
 def scratch_bytes(config: ModelConfig, step_tokens: int) -> int:
     """Buffers of a step of so many rows: about six vectors of dim and two of ffn_dim each, in f32,
     and one row of logits.
