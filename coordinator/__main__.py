@@ -10,11 +10,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
+from coordinator import workers_file
 from coordinator.config import Settings, settings_of
 from coordinator.engine import Engine
 from coordinator.grpc_server import open_doors
+from coordinator.limits import PlanLimits
 from coordinator.loading import open_pipeline
+from coordinator.planning import plan_only
 from coordinator.served import open_model
 from coordinator.templates import Conversations
 from potluck.errors import PotluckError, UsageError
@@ -34,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         )
-        asyncio.run(serve(settings))
+        if settings.plan_only:
+            print(json.dumps(plan_only(settings)))  # noqa: T201  the one line on stdout
+        else:
+            asyncio.run(serve(settings))
     except* PotluckError as failed:
         error = _first(failed)
     return 0 if error is None else _explain(error)
@@ -44,7 +51,7 @@ async def serve(settings: Settings) -> None:
     """Opens the model and the doors, announces them, and serves until told to stop."""
     told = _listen(settings)
     model = await asyncio.to_thread(
-        open_model, settings.model, settings.context_tokens, settings.kv_type
+        open_model, settings.model, settings.context_tokens, settings.kv_type, settings.wire
     )
     if settings.wire == "q8" and model.config.dim % WIRE_Q8_BLOCK:
         raise UsageError(
@@ -52,7 +59,8 @@ async def serve(settings: Settings) -> None:
             f" {model.config.dim}",
             remedy="use --wire f16",
         )
-    engine = Engine(model, settings, open_pipeline)
+    limits = await asyncio.to_thread(_limits, settings.limits)
+    engine = Engine(model, settings, open_pipeline, limits=limits)
     conversations = Conversations(model.tokenizer, model.name, settings.chat_template)
     async with (
         AsyncExitStack() as at_end,
@@ -68,6 +76,11 @@ async def serve(settings: Settings) -> None:
                 group.create_task(engine.watch(), name="watch"),
             ]
             group.create_task(_stop(told, engine, tasks), name="stop")
+
+
+def _limits(file: str) -> PlanLimits:
+    """What people say that workers may be used for. Raises UsageError."""
+    return workers_file.read(Path(file)).limits if file else {}
 
 
 def _listen(settings: Settings) -> asyncio.Event:

@@ -24,6 +24,7 @@ class Asked:
     sessions: int = 1  # answers at once that the plan is made to be fast for
     slowest_weight: float | None = None  # A of Lambda + A tau; None: tokens/s of `sessions`
     every_worker: bool = False  # each worker is a stage, the slow ones too
+    one_pipeline: bool = False  # no replicas, as one service has one pipeline
     positions: int | None = None  # that a session's KV holds when it is timed; None: assumed
 
     def __post_init__(self) -> None:

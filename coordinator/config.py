@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from potluck import __version__
 from potluck.errors import UsageError
@@ -15,6 +16,13 @@ from potluck.rpc import PROTOCOL, options
 
 DEFAULT_CONTEXT_TOKENS = 4096  # or the model's own, if that is shorter
 ROWS_LIMIT = 512  # of a step
+
+
+class Use(Enum):
+    """Which of the workers hold layers."""
+
+    BEST = "best"  # those that make the plan fast; who would slow the others is a spare
+    ALL = "all"  # each, so that what people started is what is used
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,17 @@ class Settings:
     prefill_chunk: int = 64
     max_sessions: int = 8
     queue: int = 32
+    sessions: int = 1  # answers at once that the plan is made to be fast for
+    use: Use = Use.BEST
+    limits: str = ""  # a file of what workers may be used for; empty: none
     kv_type: KvType = KvType.F16
     wire: str = "f32"  # one of WIRES: how activations travel between workers
     chat_template: str = ""  # name of a built-in one; empty: the model's own
     stop_with_stdin: bool = False
     log_level: str = "info"
+    plan_only: bool = False  # print a plan and end; nothing below matters without it
+    replicas: bool = False  # plan further pipelines too, each a service of its own
+    workers_file: str = ""  # of the described workers; empty: standard input, as JSON
 
     def __post_init__(self) -> None:
         check_loopback(self.host)
@@ -46,11 +60,16 @@ class Settings:
             ("--prefill-chunk", self.prefill_chunk, 1, ROWS_LIMIT),
             ("--max-sessions", self.max_sessions, 1, 256),
             ("--queue", self.queue, 0, 65536),
+            ("--sessions", self.sessions, 1, 256),
         ):
             if not low <= value <= high:
                 raise UsageError(f"{name}: {low} to {high}, not {value}")
         if self.grpc_port == self.fleet_port != 0:
             raise UsageError(f"--grpc-port and --fleet-port are both {self.grpc_port}")
+        if self.workers_file and not self.plan_only:
+            raise UsageError("--workers-file goes with --plan: a service plans its own workers")
+        if self.replicas and not self.plan_only:
+            raise UsageError("--replicas goes with --plan: a service has one pipeline")
 
 
 def check_loopback(host: str) -> None:
@@ -82,10 +101,19 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--prefill-chunk", type=int, default=Settings.prefill_chunk, help="prompt tokens of a step")
     add("--max-sessions", type=int, default=Settings.max_sessions, help="answers at the same time")
     add("--queue", type=int, default=Settings.queue, help="requests that may wait for a place")
+    add("--sessions", type=int, default=Settings.sessions, help="plan for so many answers at once")
+    uses = [use.value for use in Use]
+    add("--use", choices=uses, default="best", help="best: who slows the others is a spare")
+    add("--limits", metavar="FILE", default="", help="TOML: what workers may be used for")
     names = [kv_type.value for kv_type in KvType]
     add("--kv-type", choices=names, default="f16", help="how keys and values are kept")
     add("--wire", choices=WIRES, default=Settings.wire, help="how activations travel")
     add("--chat-template", metavar="NAME", default="", help="instead of the model's own")
+    add("--replicas", action="store_true", help="with --plan: further pipelines too")
+    add("--plan", action="store_true", help="print the plan for described workers and end")
+    add(
+        "--workers-file", metavar="FILE", default="", help="TOML of those workers; else JSON, stdin"
+    )
     add("--stop-with-stdin", action="store_true", help="stop cleanly when standard input closes")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     version = f"potluck {__version__}, protocol {PROTOCOL}"
@@ -101,11 +129,17 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         prefill_chunk=given.prefill_chunk,
         max_sessions=given.max_sessions,
         queue=given.queue,
+        sessions=given.sessions,
+        use=Use(given.use),
+        limits=given.limits,
         kv_type=KvType(given.kv_type),
         wire=given.wire,
         chat_template=given.chat_template,
         stop_with_stdin=given.stop_with_stdin,
         log_level=given.log_level,
+        plan_only=given.plan,
+        replicas=given.replicas,
+        workers_file=given.workers_file,
     )
 
 

@@ -17,22 +17,28 @@ from typing import Protocol
 
 from coordinator import planner
 from coordinator.answer import AnswerText
-from coordinator.config import Settings
+from coordinator.config import Settings, Use
+from coordinator.drift import Drift
 from coordinator.figures import Figures, Traffic
+from coordinator.limits import PlanLimits
 from coordinator.loading import LoadOrder, Progress
 from coordinator.membership import Membership
 from coordinator.messages import Outcome, Picked
 from coordinator.pipeline import Pipeline
+from coordinator.planner import Asked, Planned
 from coordinator.request import Request
 from coordinator.scheduler import Batch, BatchRows, Limits, Scheduler, picks_that_fit
 from coordinator.served import ServedModel
 from coordinator.session import Session, SessionId
 from coordinator.stream import AnswerStream
 from potluck.errors import PlanError, PotluckError, StageLost, StepError, Unreachable
-from potluck.plan import Plan, WorkerId, WorkerInfo
+from potluck.plan import LinkFigures, Links, Plan, WorkerId, WorkerInfo
 from potluck.rpc import options
 
 log = logging.getLogger(__name__)
+
+# What links are taken for until they are measured: all is on loopback in this release.
+LOOPBACK = Links(LinkFigures(rtt_seconds=0.2e-3, bytes_per_second=1e9))
 
 DRAIN_SECONDS = 3.0  # running answers get so long after the first signal: a person waits for it
 
@@ -65,8 +71,11 @@ class Engine:
         settings: Settings,
         open_pipeline: OpenPipeline,
         clock: Callable[[], float] = time.monotonic,
+        limits: PlanLimits | None = None,
     ) -> None:
         self.model = model
+        self.limits = limits or {}  # what people say that workers may be used for
+        self.links = LOOPBACK  # measured ones, once there are any
         self.settings = settings
         self.clock = clock
         self.membership = Membership(clock, self._break)
@@ -75,7 +84,8 @@ class Engine:
         self.fleet_address = ""  # set by the wiring once the port is bound
         self.state = ServiceState.WAITING
         self.epoch = 1  # of the plan that is served or comes next: what is older is stale
-        self.plan: Plan | None = None  # the newest, also while it is unserved
+        self.planned: Planned | None = None  # the newest, also while it is unserved
+        self.drift: Drift | None = None  # of the newest plan that was served
         self.pipeline: Pipeline | None = None  # while serving
         self._open_pipeline = open_pipeline
         self._scheduler: Scheduler | None = None  # while serving
@@ -98,7 +108,9 @@ class Engine:
         Raises PlanError if the first plan is impossible: people should see that and not wait.
         """
         while True:
-            workers = await self.membership.enough(self.settings.workers)
+            workers = await self.membership.enough(self._n_needed)
+            if self.settings.use is Use.BEST:  # the others are candidates too
+                workers = self.membership.steady(self._n_needed)
             try:
                 await self._serve_epoch(workers)
             except StageLost as lost:
@@ -109,6 +121,11 @@ class Engine:
                 self._missing = impossible.message
                 log.error("%s", impossible.message)
                 await self.membership.change()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest, also while it is unserved."""
+        return self.planned.plan if self.planned is not None else None
 
     async def watch(self) -> None:
         """Declares workers lost that are silent or stuck. Until cancelled."""
@@ -126,9 +143,8 @@ class Engine:
         """One plan, from its making to the loss of a stage: ends by raising only."""
         model, settings = self.model, self.settings
         self._broken.clear()
-        self.plan = planner.plan_for(
-            model.sizes, workers, model.context_tokens, settings.max_sessions
-        )
+        self.planned, self.drift = self._planned(workers), None
+        plan = self.planned.plan
         order = LoadOrder(
             epoch=self.epoch,
             model=model.reference,
@@ -140,26 +156,53 @@ class Engine:
             fleet_address=self.fleet_address,
             weights_address=self.fleet_address if model.manifest is not None else "",
         )
-        log.info("epoch %s: %s", self.epoch, _shown(self.plan))
+        log.info("epoch %s: %s", self.epoch, _shown(self.planned))
+        for line in self.planned.advice:
+            log.info("advice: %s", line)
         self._set_state(ServiceState.LOADING)
         try:
             async with self._open_pipeline(
-                self.plan, order, self.membership.note_load, self._wake.set
+                plan, order, self.membership.note_load, self._wake.set
             ) as pipeline:
-                gone = [s.worker for s in self.plan.stages if s.worker in self._broken]
+                gone = [s.worker for s in plan.stages if s.worker in self._broken]
                 if gone:
                     raise StageLost(f"worker {gone[0]} was lost while it loaded", worker=gone[0])
-                await self._serve(pipeline, Scheduler(self._limits(self.plan)))
+                await self._serve(pipeline, Scheduler(self._limits(plan)))
         finally:
             self.pipeline, self._scheduler = None, None
             self.epoch += 1  # the fence: what is left of this epoch is stale from now on
             self._set_state(ServiceState.UNSERVED if self._has_served else ServiceState.WAITING)
+
+    def _planned(self, workers: Sequence[WorkerInfo]) -> Planned:
+        """The best plan of these workers. Raises PlanError."""
+        settings = self.settings
+        return planner.plan(
+            self.model.sizes,
+            workers,
+            Asked(
+                self.model.context_tokens,
+                max_sessions=settings.max_sessions,
+                sessions=settings.sessions,
+                every_worker=settings.use is Use.ALL,
+                one_pipeline=True,
+            ),
+            links=self.links,
+            limits=self.limits,
+        )
+
+    @property
+    def _n_needed(self) -> int:
+        """Workers that a plan is made with: those asked for, then as many as had layers."""
+        if self._has_served and self.plan is not None:
+            return len(self.plan.stages)
+        return self.settings.workers
 
     async def _serve(self, pipeline: Pipeline, scheduler: Scheduler) -> None:
         """Commit what has come back, fill the pipeline, sleep until something changes."""
         pipeline.traffic = self.traffic
         self.pipeline, self._scheduler = pipeline, scheduler
         self.figures.begin(len(pipeline.plan.stages))
+        self.drift = Drift(self.planned.forecast) if self.planned is not None else None
         self.membership.fleet.note_ready([s.worker for s in pipeline.plan.stages], self.epoch)
         self._missing, self._has_served = "", True
         self._set_state(ServiceState.SERVING)
@@ -203,6 +246,18 @@ class Engine:
                 self._end(stream, error)
         self.figures.note_step(outcome.timings, is_decode=batch.is_decode)
         self.figures.note_answer(n_tokens, now)
+        self._compare(batch, outcome)
+
+    def _compare(self, batch: Batch, outcome: Outcome) -> None:
+        """Measured with predicted; once there is a verdict, the log has it."""
+        if self.drift is None or not batch.is_decode:
+            return
+        positions = sum(rows.start + len(rows.tokens) for rows in batch.rows)
+        n_rows = sum(len(rows.tokens) for rows in batch.rows)
+        if self.drift.note_step(outcome.timings, n_rows, positions):
+            log.info("measured of predicted: %s", ", ".join(map(str, self.drift.verdict)))
+            for line in self.drift.advice():
+                log.warning("%s", line)
 
     def _commit_rows(
         self, stream: AnswerStream, rows: BatchRows, picks: Sequence[Picked], now: float
@@ -261,6 +316,16 @@ class Engine:
         """Place in the queue, from 1; 0: being served, or over."""
         return self._scheduler.queue_place(stream.session.id) if self._scheduler else 0
 
+    def advice(self) -> tuple[str, ...]:
+        """Lines for people about the newest plan: the planner's, then what was measured since."""
+        planned = self.planned.advice if self.planned is not None else ()
+        return (*planned, *(self.drift.advice() if self.drift is not None else ()))
+
+    def spares(self) -> list[WorkerId]:
+        """Workers that are here and hold nothing of the newest plan."""
+        used = {stage.worker for stage in self.plan.stages} if self.plan is not None else set()
+        return [worker.id for worker in self.membership.fleet.usable() if worker.id not in used]
+
     def load_counts(self) -> tuple[int, int]:
         """Sessions with a place, sessions in the queue."""
         s = self._scheduler
@@ -273,7 +338,7 @@ class Engine:
         if self.state is ServiceState.LOADING:
             return "the workers are loading their layers"
         here = len(self.membership.fleet.usable())
-        count = f"{here} of {self.settings.workers} workers are here"
+        count = f"{here} of {self._n_needed} workers are here"
         return f"{self._missing}; {count}" if self._missing else count
 
     async def state_after(self, seen: ServiceState) -> ServiceState:
@@ -361,5 +426,10 @@ def _check_picks(rows: BatchRows, picks: Sequence[Picked], vocab: int) -> None:
         raise StepError(f"session {rows.session} awaits a token of the vocabulary and got none")
 
 
-def _shown(plan: Plan) -> str:
-    return ", ".join(f"{stage.worker} {stage.span}" for stage in plan.stages)
+def _shown(planned: Planned) -> str:
+    """Stages, what they are expected to do, and who is left over."""
+    stages, forecast = planned.plan.stages, planned.forecast
+    spans = ", ".join(f"{stage.worker} {stage.span}" for stage in stages)
+    alone, total = forecast.tokens_per_second(), forecast.tokens_per_second(len(stages))
+    spares = f"; spare: {', '.join(planned.spares)}" if planned.spares else ""
+    return f"{spans}; predicted {alone:.3g} tokens/s alone, {total:.3g} in all{spares}"

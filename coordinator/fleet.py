@@ -286,6 +286,13 @@ class Fleet:
         ids = {worker.info.id for worker in chosen}
         return [worker.info for worker in records if worker.info.id in ids]
 
+    def steady(self, n_workers: int) -> list[WorkerInfo]:
+        """The usable that were lost no more often than the last of the `n_workers` steadiest."""
+        records = [worker for worker in self._workers.values() if worker.is_usable]
+        lost = sorted(worker.n_lost for worker in records)
+        most = lost[min(n_workers, len(lost)) - 1] if lost else 0
+        return [worker.info for worker in records if worker.n_lost <= most]
+
     def workers(self) -> list[WorkerRecord]:
         """All that are known, lost ones too. To be read only."""
         return list(self._workers.values())

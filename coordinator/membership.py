@@ -83,6 +83,10 @@ class Membership:
             await self.change()
         return chosen
 
+    def steady(self, n_workers: int) -> list[WorkerInfo]:
+        """All that a plan may choose from when `n_workers` are enough."""
+        return self.fleet.steady(n_workers)
+
     async def change(self) -> None:
         """Returns when a worker has come or gone."""
         self._changed.clear()

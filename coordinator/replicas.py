@@ -56,7 +56,10 @@ def fleet_of(task: Task, workers: Sequence[WorkerInfo]) -> Fleet | None:
     if one is None:
         return None
     single = _fleet(task, workers, [one], [task.asked.sessions])
-    if task.asked.sessions == 1 or task.asked.slowest_weight is not None or len(workers) == 1:
+    asked = task.asked
+    if asked.one_pipeline or asked.sessions == 1 or asked.slowest_weight is not None:
+        return single
+    if len(workers) == 1:
         return single
     found = [single, *_several(task, workers)]
     best = max(fleet.total for fleet in found) * (1 - task.rules.stage_worth)

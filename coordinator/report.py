@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from coordinator.drift import compute_seconds
 from coordinator.engine import Engine
 from coordinator.fleet import LinkFigures, WorkerRecord
 from coordinator.pipeline import Pipeline
+from coordinator.planner import Planned
 from potluck import __version__
 from potluck.plan import Plan
 from potluck.rpc import PROTOCOL
+from potluck.rpc.measured import disk_message, layer_times_message
 from potluck.rpc.v1 import cluster_pb2, inference_pb2, types_pb2
 
 COORDINATOR = "coordinator"  # as an end of a link
@@ -35,6 +38,8 @@ def status_of(engine: Engine) -> inference_pb2.StatusReply:
         expected_workers=engine.settings.workers,
         kv_type=engine.settings.kv_type.value,
         wire=engine.settings.wire,
+        forecast=_forecast(engine, engine.planned) if engine.planned else None,
+        measured_links=_measured_links(engine),
         kv_bytes_per_token=engine.model.sizes.kv_layer_bytes * engine.model.sizes.n_layers,
     )
 
@@ -56,6 +61,7 @@ def model_info(engine: Engine) -> inference_pb2.ModelInfo:
 
 def _stages(engine: Engine, plan: Plan) -> list[inference_pb2.StageStatus]:
     stages = []
+    predicted = engine.planned.forecast.stages if engine.planned else ()
     for i, stage in enumerate(plan.stages):
         seconds = engine.figures.stage_seconds(i)
         stages.append(
@@ -71,6 +77,7 @@ def _stages(engine: Engine, plan: Plan) -> list[inference_pb2.StageStatus]:
                 serialise_seconds=seconds.serialise,
                 wire_seconds=seconds.wire,
                 wait_seconds=seconds.wait,
+                predicted_seconds=compute_seconds(predicted[i], rows=1) if predicted else 0.0,
             )
         )
     return stages
@@ -96,7 +103,37 @@ def _worker(record: WorkerRecord, now: float) -> inference_pb2.WorkerStatus:
         load_seconds_left=record.load_seconds_left(now),
         fetched_bytes=record.load.fetched_bytes,
         fetch_total_bytes=record.load.fetch_total_bytes,
+        offered_bytes=info.memory_free_bytes,
+        room_bytes=info.room_bytes,
+        layer_times=layer_times_message(info.times) if info.times is not None else None,
+        disk=disk_message(info.disk) if info.disk is not None else None,
     )
+
+
+def _forecast(engine: Engine, planned: Planned) -> inference_pb2.ForecastStatus:
+    forecast, n_stages = planned.forecast, len(planned.plan.stages)
+    return inference_pb2.ForecastStatus(
+        tokens_per_second=forecast.tokens_per_second(),
+        total_tokens_per_second=forecast.tokens_per_second(n_stages),
+        most_tokens_per_second=forecast.tokens_per_second(2 * n_stages),
+        first_token_seconds=forecast.first_token_seconds(),
+        load_seconds=forecast.whole_load_seconds,
+        advice=engine.advice(),
+        spares=engine.spares(),
+    )
+
+
+def _measured_links(engine: Engine) -> list[inference_pb2.MeasuredLinkStatus]:
+    found = []
+    for (start, end), figures in engine.links.between.items():
+        link = inference_pb2.MeasuredLinkStatus(
+            to=end or COORDINATOR,
+            rtt_seconds=figures.rtt_seconds,
+            bytes_per_second=figures.bytes_per_second,
+        )
+        setattr(link, "from", start or COORDINATOR)  # a word of Python's
+        found.append(link)
+    return found
 
 
 def _links(pipeline: Pipeline, workers: list[WorkerRecord]) -> list[inference_pb2.LinkStatus]:

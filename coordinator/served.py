@@ -21,6 +21,18 @@ from potluck.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """What a plan must know, and whoever makes one: no vocabulary, nothing of a service."""
+
+    name: str
+    file: GgufFile
+    config: ModelConfig
+    sizes: ModelSizes
+    context_tokens: int  # of a session
+    step_tokens: int  # most rows of a step: the limit, and what a message holds
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """Everything that does not change while the coordinator runs."""
 
@@ -35,8 +47,10 @@ class ServedModel:
     manifest: Manifest | None = None  # of its file; None: a synthetic model has none
 
 
-def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) -> ServedModel:
-    """Opens a MODEL; `context_tokens` 0: the default, or the model's if shorter.
+def shape_of(
+    model: str, context_tokens: int, kv_type: KvType = KvType.F16, wire: str = "f32"
+) -> ModelShape:
+    """The shape of a MODEL; `context_tokens` 0: the default, or the model's if shorter.
 
     Raises UnknownModel, ModelError, UsageError (a context longer than the model's).
     """
@@ -49,26 +63,40 @@ def open_model(model: str, context_tokens: int, kv_type: KvType = KvType.F16) ->
         )
     fit = rows_that_fit(config.dim, options.MESSAGE_BYTES - options.ENVELOPE_BYTES)
     step_tokens = min(ROWS_LIMIT, fit)
-    name, path, manifest = model, model, None
+    is_path = file.synthetic is None and (model == str(file.path) or model.endswith(".gguf"))
+    return ModelShape(
+        name=file.path.stem if is_path else model,
+        file=file,
+        config=config,
+        sizes=sizes_of(file, config, step_tokens, kv_type, wire),
+        context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.context_tokens),
+        step_tokens=step_tokens,
+    )
+
+
+def open_model(
+    model: str, context_tokens: int, kv_type: KvType = KvType.F16, wire: str = "f32"
+) -> ServedModel:
+    """Opens a MODEL to be served. Raises as `shape_of` does."""
+    shape = shape_of(model, context_tokens, kv_type, wire)
+    file, path, manifest = shape.file, model, None
     if file.synthetic is None:
         manifest = Manifest(file, catalogue.manifests_folder())
         path = str(file.path.resolve())
-        if model == str(file.path) or model.endswith(".gguf"):
-            name = file.path.stem
     return ServedModel(
-        name=name,
+        name=shape.name,
         reference=types_pb2.ModelReference(
-            name=name,
+            name=shape.name,
             path=path,
             size_bytes=file.size_bytes,
             header_sha256=file.header_sha256,
             modified_ns=manifest.modified_ns if manifest else 0,
         ),
-        config=config,
-        sizes=sizes_of(file, config, step_tokens, kv_type),
+        config=shape.config,
+        sizes=shape.sizes,
         tokenizer=tokenizer.load(file),
-        context_tokens=context_tokens or min(DEFAULT_CONTEXT_TOKENS, config.context_tokens),
-        step_tokens=step_tokens,
+        context_tokens=shape.context_tokens,
+        step_tokens=shape.step_tokens,
         file=file,
         manifest=manifest,
     )

@@ -222,10 +222,14 @@ async def _while_alive(children: Sequence[Child], work: Coroutine[Any, Any, T]) 
 
 
 async def _serving_again(client: Client, name: str) -> None:
-    """Until a new plan with the worker serves; people ask for that, so Status is asked for it."""
+    """Until a new plan with the worker serves, or serves without it though it is here.
+
+    People ask for that, so Status is asked for it.
+    """
     while True:
         report = await client.status()
-        if report.is_serving and any(stage.worker == name for stage in report.plan):
+        spares = report.forecast.spares if report.forecast is not None else ()
+        if report.is_serving and name in (*(stage.worker for stage in report.plan), *spares):
             return
         await asyncio.sleep(LOOK_SECONDS)
 

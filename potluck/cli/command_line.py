@@ -23,7 +23,7 @@ from potluck.near_words import nearest
 COMMANDS = {
     "Run": ("demo", "serve", "join"),
     "Ask": ("generate", "chat", "status"),
-    "Models": ("pull", "list", "show", "rm", "tokenize", "convert", "quantize"),
+    "Models": ("pull", "list", "show", "plan", "rm", "tokenize", "convert", "quantize"),
     "Measure": ("bench", "bench-cluster", "perplexity"),
     "Set up": ("completion",),
 }

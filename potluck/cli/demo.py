@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         MODEL,
         args.workers,
         args.workers,
-        ("--grpc-port", "0", "--fleet-port", "0", "--context", str(CONTEXT_TOKENS)),
+        ("--grpc-port", "0", "--fleet-port", "0", "--context", str(CONTEXT_TOKENS), "--use", "all"),
     )
     try:
         return asyncio.run(_show(settings, args.prompt, args.max_tokens))

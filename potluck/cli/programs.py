@@ -14,9 +14,10 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,6 +56,34 @@ def options(args: argparse.Namespace, *names: str) -> list[str]:
         if value is not None
         for word in ("--" + name.replace("_", "-"), *([] if value is True else [str(value)]))
     ]
+
+
+def output_of(program: str, *arguments: str, stdin: str = "") -> str:
+    """What the console script `program` prints when it is run to its end.
+
+    If it fails, raises UsageError or ChildDied in its own words.
+    """
+    ran = subprocess.run(
+        [path_of(program), *arguments], input=stdin, capture_output=True, text=True, check=False
+    )
+    for line in ran.stderr.splitlines():
+        CHILDREN.info("%s: %s", program, line)
+    if ran.returncode == 0:
+        return ran.stdout
+    said = [line for line in ran.stderr.splitlines() if line.strip()]
+    end = f": {said[-1]}" if said else ""
+    raise _told(ran.returncode, said) or ChildDied(f"{program} ended ({ran.returncode}){end}")
+
+
+def _told(status: int, said: Sequence[str]) -> PotluckError | None:
+    """The error of the two lines that our programs end with, if they are among `said`."""
+    for i, line in enumerate(said):
+        program, marked, what = line.partition(": error: ")
+        if marked and " " not in program:
+            remedy = said[i + 1].strip() if i + 1 < len(said) else ""
+            kind = UsageError if status == WRONG_COMMAND_LINE else ChildDied
+            return kind(what, remedy=remedy)
+    return None
 
 
 class Child:
@@ -109,12 +138,9 @@ class Child:
         status = await asyncio.shield(self._watch.ended)
         await self._clear_away()
         said = [line for line in self._watch.last_lines if line.strip()]
-        for i, line in enumerate(said):
-            program, marked, what = line.partition(": error: ")
-            if marked and " " not in program:  # the two lines that our programs end with
-                remedy = said[i + 1].strip() if i + 1 < len(said) else ""
-                kind = UsageError if status == WRONG_COMMAND_LINE else ChildDied
-                return kind(f"{self.name}: {what}", remedy=remedy)
+        if (told := _told(status, said)) is not None:
+            told.message = f"{self.name}: {told.message}"
+            return told
         if status < 0:  # its last words are about something else
             return ChildDied(f"{self.name} was killed by {signal.Signals(-status).name}")
         return ChildDied(f"{self.name} ended ({status})" + (f": {said[-1]}" if said else ""))

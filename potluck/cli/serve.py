@@ -12,6 +12,7 @@ from pathlib import Path
 from potluck.cli import fetching, programs, running, terminal, values
 from potluck.cli.cluster import ClusterSettings, LocalCluster
 from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
+from potluck.cli.plan import PLAN_OPTIONS, add_plan_options
 from potluck.model import KvType
 from potluck.plan import WIRES
 from potluck.rpc.options import DEFAULT_FLEET_PORT, DEFAULT_GRPC_PORT
@@ -63,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue", type=values.whole(0), metavar="N", help="requests that may wait (default 32)"
     )
+    add_plan_options(parser)
+    parser.add_argument(
+        "--limits", metavar="FILE", help="TOML of what workers may be used for: docs/planning.md"
+    )
     parser.add_argument(
         "--kv-type",
         choices=[kv_type.value for kv_type in KvType],
@@ -96,8 +101,10 @@ def settings_of(args: argparse.Namespace, path: Path) -> ClusterSettings:
     """What is to be started. The programs get the name if it is one: workers elsewhere know it."""
     is_file = "/" in args.model or Path(args.model).exists()
     names = ["host", "grpc_port", "fleet_port", "context", "prefill_chunk", "max_sessions"]
-    names += ["queue", "kv_type", "wire", "chat_template", "log_level"]
+    names += ["queue", "kv_type", "wire", "chat_template", "log_level", "limits", *PLAN_OPTIONS]
     if args.local_workers:
+        if args.workers is None or args.workers <= args.local_workers:
+            args.use = args.use or "all"  # who asks for N on one machine wants to see N
         args.grpc_port = args.grpc_port or 0
         args.fleet_port = args.fleet_port or 0
     return ClusterSettings(

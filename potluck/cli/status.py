@@ -6,9 +6,17 @@ import argparse
 import asyncio
 import json
 import sys
+from dataclasses import asdict
 
 from potluck.cli import asking, load_progress, quantities, running, terminal
-from potluck.replies import LinkReport, ServiceReport, StageReport, WorkerReport
+from potluck.replies import (
+    ForecastReport,
+    LinkReport,
+    MeasuredLinkReport,
+    ServiceReport,
+    StageReport,
+    WorkerReport,
+)
 
 HELP = "Show the stages, the workers and the live figures"
 WATCH_SECONDS = 1.0
@@ -57,7 +65,24 @@ def summary(report: ServiceReport, address: str) -> str:
         f"{quantities.count(figures.answer_tokens, 'token')} answered, "
         f"context {report.context_tokens:,}, KV {report.kv_type}, wire {report.wire}"
     )
+    if report.forecast is not None:
+        lines += _forecast_lines(report.forecast, len(report.plan))
     return "\n".join(lines) + "\n"
+
+
+def _forecast_lines(forecast: ForecastReport, n_stages: int) -> list[str]:
+    """What was predicted, who holds nothing, and what would help."""
+    predicted = f"{forecast.tokens_per_second:.1f} tokens/s for one answer"
+    if n_stages > 1:
+        total = f"{forecast.total_tokens_per_second:.1f} in all for {n_stages} at once"
+        predicted += f", {total}"
+    prompt = quantities.duration(forecast.first_token_seconds)
+    told = [("predicted ", f"{predicted}, first token of a prompt of 512 after {prompt}")]
+    if forecast.spares:
+        told.append(("spare ", ", ".join(forecast.spares)))
+    told += [("advice ", line) for line in forecast.advice]
+    width = terminal.columns(sys.stdout)
+    return [terminal.folded(start, text, width) for start, text in told]
 
 
 def tables(report: ServiceReport) -> list[terminal.Table]:
@@ -73,7 +98,10 @@ def tables(report: ServiceReport) -> list[terminal.Table]:
 
 def stage_table(report: ServiceReport) -> terminal.Table:
     """The plan: who holds which layers, and the milliseconds of a decode step in each stage."""
-    columns = ("stage", "worker", "layers", "memory", "compute", "serialise", "wire", "wait")
+    columns = (
+        *("stage", "worker", "layers", "memory"),
+        *("compute", "predicted", "serialise", "wire", "wait"),
+    )
     rows = tuple(
         (
             str(s.stage),
@@ -89,9 +117,10 @@ def stage_table(report: ServiceReport) -> terminal.Table:
     )
 
 
-def _parts(stage: StageReport) -> tuple[float, float, float, float]:
+def _parts(stage: StageReport) -> tuple[float, ...]:
     return (
         stage.compute_seconds,
+        stage.predicted_seconds,
         stage.serialise_seconds,
         stage.wire_seconds,
         stage.wait_seconds,
@@ -141,6 +170,8 @@ def json_of(report: ServiceReport) -> dict[str, object]:
         "plan": [_stage_json(s) for s in report.plan],
         "workers": [_worker_json(w) for w in report.workers],
         "links": [_link_json(x) for x in report.links],
+        "measured_links": [_measured_json(x) for x in report.measured_links],
+        "forecast": None if report.forecast is None else _forecast_json(report.forecast),
         "sessions": report.sessions,
         "queue": report.queue,
         "figures": {
@@ -162,7 +193,21 @@ def _stage_json(stage: StageReport) -> dict[str, object]:
 
 
 def _worker_json(worker: WorkerReport) -> dict[str, object]:
-    return {name: getattr(worker, name) for name in worker.__dataclass_fields__}
+    return asdict(worker)
+
+
+def _forecast_json(forecast: ForecastReport) -> dict[str, object]:
+    fields = asdict(forecast)
+    return {**fields, "advice": list(forecast.advice), "spares": list(forecast.spares)}
+
+
+def _measured_json(link: MeasuredLinkReport) -> dict[str, object]:
+    return {
+        "from": link.start,
+        "to": link.end,
+        "rtt_seconds": link.rtt_seconds,
+        "bytes_per_second": link.bytes_per_second,
+    }
 
 
 def _link_json(link: LinkReport) -> dict[str, object]:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ def is_live(stream: TextIO) -> bool:
 def columns(stream: TextIO) -> int:
     """Width of the terminal behind `stream`; 0 if it is none."""
     return shutil.get_terminal_size().columns if stream.isatty() else 0
+
+
+def folded(start: str, text: str, width: int) -> str:
+    """`start`, then `text` in lines of `width` columns (0: 100) that stand below each other."""
+    return textwrap.fill(
+        text,
+        max(width or 100, len(start) + 20),
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+    )
 
 
 def note(text: str) -> None:

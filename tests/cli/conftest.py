@@ -31,6 +31,7 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
     state: str = "serving"
     context_tokens: int = 2048
     scores: bool = True  # tokens of the prompt, if asked: -1/8 at position 1 and so on
+    report: inference_pb2.StatusReply | None = None  # instead of its own
     asked: list[inference_pb2.GenerateRequest | inference_pb2.ChatRequest] = field(
         default_factory=list
     )
@@ -108,6 +109,8 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
     def Status(
         self, request: inference_pb2.StatusRequest, context: grpc.ServicerContext
     ) -> inference_pb2.StatusReply:
+        if self.report is not None:
+            return self.report
         return inference_pb2.StatusReply(
             model="tiny",
             state=self.state,
@@ -119,6 +122,7 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
                     span=types_pb2.Span(start=0, stop=11),
                     memory_bytes=3 * 2**20,
                     compute_seconds=0.00234,
+                    predicted_seconds=0.0021,
                 )
             ],
             workers=[
@@ -133,6 +137,14 @@ class FakeService(inference_pb2_grpc.InferenceServicer):
                 )
             ],
             links=[_link()],
+            forecast=inference_pb2.ForecastStatus(
+                tokens_per_second=80.0,
+                total_tokens_per_second=80.0,
+                most_tokens_per_second=120.0,
+                first_token_seconds=1.5,
+                advice=["w1 alone is faster"],
+                spares=["w2", "w3"],
+            ),
             figures=inference_pb2.Figures(answer_tokens=5, tokens_per_second=12.5),
             context_tokens=self.context_tokens,
             expected_workers=1,

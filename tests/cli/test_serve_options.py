@@ -20,6 +20,7 @@ def test_every_option_of_the_service_reaches_the_coordinator() -> None:
         *("--grpc-port", "1", "--fleet-port", "2", "--context", "3", "--prefill-chunk", "4"),
         *("--max-sessions", "5", "--queue", "6", "--chat-template", "alpaca"),
         *("--kv-type", "q8"),
+        *("--sessions", "4", "--use", "best", "--limits", "l.toml"),
         *("--log-level", "debug", "--host", "127.0.0.1"),
     )
     passed = settings(*given).coordinator_options
@@ -40,6 +41,14 @@ def test_local_workers_take_any_free_ports() -> None:
     assert dict(zip(passed[::2], passed[1::2], strict=True)) == {
         "--grpc-port": "0",
         "--fleet-port": "0",
+        "--use": "all",
     }
     assert settings("--local-workers", "2").workers == 2
     assert settings().coordinator_options == ()
+
+
+def test_workers_of_this_machine_alone_all_get_layers_and_others_are_chosen() -> None:
+    assert "all" in settings("--local-workers", "2").coordinator_options
+    assert "all" not in settings("--local-workers", "2", "--workers", "3").coordinator_options
+    assert "best" in settings("--local-workers", "2", "--use", "best").coordinator_options
+    assert "all" not in settings("--workers", "3").coordinator_options

@@ -31,6 +31,10 @@ def test_json_has_the_promised_names(
     assert report["plan"][0]["span"] == [0, 11]
     assert report["workers"][0]["state"] == "ready"
     assert report["figures"]["tokens_per_second"] == 12.5
+    assert report["plan"][0]["predicted_seconds"] == 0.0021
+    assert report["forecast"]["spares"] == ["w2", "w3"]
+    assert report["forecast"]["tokens_per_second"] == 80.0
+    assert report["measured_links"] == []
     assert (report["kv_type"], report["kv_bytes_per_token"]) == ("f16", 23_040)
 
 
@@ -42,7 +46,10 @@ def test_people_get_tables_of_stages_workers_and_links(
     assert f"tiny at {service.address}: serving, epoch 3" in shown
     assert "12.5 tokens/s" in shown
     assert "KV f16" in shown
-    assert "0-10    3.0 MiB     2.34" in shown
+    assert "0-10    3.0 MiB     2.34       2.10" in shown
+    assert "predicted 80.0 tokens/s for one answer, first token of a prompt of 512 after" in shown
+    assert "spare w2, w3" in shown
+    assert "advice w1 alone is faster" in shown
     assert "w1      ready  127.0.0.1:7690  avx2" in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
 

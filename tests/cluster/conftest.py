@@ -163,7 +163,7 @@ def start_cluster(tmp_path: Path) -> Iterator[StartCluster]:
             program("potluck-coordinator"),
             str(model),
             *("--grpc-port", "0", "--fleet-port", "0", "--workers", str(workers)),
-            *("--prefill-chunk", str(chunk), *options),
+            *("--prefill-chunk", str(chunk), "--use", "all", *options),
         )
         cluster = Cluster(str(said["grpc"]), coordinator, tmp_path)
         running.append(cluster)

@@ -12,9 +12,10 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from coordinator.config import Settings
+from coordinator.config import Settings, Use
 from coordinator.engine import Engine, ServiceState
 from coordinator.grpc_server import Addresses, open_doors
+from coordinator.limits import PlanLimits
 from coordinator.loading import open_pipeline
 from coordinator.served import ServedModel, open_model
 from coordinator.templates import Conversations
@@ -387,11 +388,13 @@ async def start_service(model: ServedModel) -> AsyncIterator[StartService]:
             *,
             wait: bool = True,
             settings: dict[str, Any] | None = None,
+            limits: PlanLimits | None = None,
             **fields: Any,
         ) -> Service:
-            given = {"workers": workers, "grpc_port": 0, "fleet_port": 0, **(settings or {})}
+            given: dict[str, Any] = {"workers": workers, "grpc_port": 0, "fleet_port": 0}
+            given |= {"use": Use.ALL, **(settings or {})}
             chosen = Settings(model="tiny", **given)
-            engine = Engine(model, chosen, open_pipeline)
+            engine = Engine(model, chosen, open_pipeline, limits=limits)
             conversations = Conversations(model.tokenizer, model.name)
             stack.push_async_callback(conversations.close)
             addresses = await stack.enter_async_context(open_doors(engine, conversations, chosen))

@@ -1,0 +1,98 @@
+"""Workers that a plan leaves out stay registered, and take the place of one that is lost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from coordinator.config import Use
+from coordinator.limits import WorkerLimits
+from coordinator.report import status_of
+from potluck.plan import WorkerId
+from potluck.replies import AnswerOptions
+from potluck.rpc.messages import service_of
+
+if TYPE_CHECKING:
+    from tests.coordinator.conftest import StartService
+
+BEST = {"use": Use.BEST}
+
+
+async def test_a_model_that_one_machine_holds_is_not_split_for_one_answer(
+    start_service: StartService,
+) -> None:
+    service = await start_service(3, settings=BEST)
+    report = await service.client.status()
+    assert [stage.worker for stage in report.plan] == ["w1"]
+    assert report.forecast is not None
+    assert report.forecast.spares == ("w2", "w3")
+    assert report.forecast.tokens_per_second > 0
+    assert report.plan[0].predicted_seconds > 0
+    assert [worker.id for worker in report.workers] == ["w1", "w2", "w3"]
+    assert not service.workers[1].loads
+
+
+async def test_a_spare_takes_the_place_of_a_lost_worker_at_once(
+    start_service: StartService, fake: SimpleNamespace
+) -> None:
+    service = await start_service(2, settings=BEST)
+    await service.workers[0].die()
+    await fake.until(lambda: bool(service.workers[1].loads), "a load on the spare", seconds=20)
+    await service.serving()
+    answer = await service.ask([1, 5, 9], AnswerOptions(max_tokens=4, temperature=0.0))
+    assert answer.ids == fake.answer_to([1, 5, 9], 4)
+    report = await service.client.status()
+    assert [stage.worker for stage in report.plan] == ["w2"]
+    assert report.forecast is not None
+    assert report.forecast.spares == ()
+
+
+async def test_a_spare_that_leaves_disturbs_nobody(
+    start_service: StartService, fake: SimpleNamespace
+) -> None:
+    service = await start_service(2, settings=BEST)
+    epoch = service.engine.epoch
+    await service.workers[1].die()
+    service.engine.membership.lose(WorkerId("w2"), "it died")
+    answer = await service.ask([1, 5, 9], AnswerOptions(max_tokens=4, temperature=0.0))
+    assert answer.ids == fake.answer_to([1, 5, 9], 4)
+    assert service.engine.epoch == epoch
+    assert service_of(status_of(service.engine)).forecast.spares == ()  # type: ignore[union-attr]  # it serves
+
+
+async def test_a_worker_that_comes_later_is_a_spare(start_service: StartService) -> None:
+    service = await start_service(1, settings=BEST)
+    late = await service.add("late")
+    await late.registered.wait()
+    report = await service.client.status()
+    assert report.forecast is not None
+    assert report.forecast.spares == ("late",)
+
+
+async def test_limits_of_people_hold_in_a_service(
+    start_service: StartService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {
+        WorkerId("w1"): WorkerLimits(exclude=True),
+        WorkerId("w2"): WorkerLimits(None, (2, 2)),
+    }
+    service = await start_service(3, settings=BEST, limits=limits)
+    report = await service.client.status()
+    assert "w1" not in [stage.worker for stage in report.plan]
+
+
+async def test_what_was_measured_is_compared_after_a_hundred_steps(
+    start_service: StartService, fake: SimpleNamespace
+) -> None:
+    service = await start_service(1, settings=BEST)
+    for prompt in ([1, 5, 9], [1, 5, 8], [1, 5, 7]):
+        await service.ask(prompt, AnswerOptions(max_tokens=40, temperature=0.0, ignore_end=True))
+    drift = service.engine.drift
+    assert drift is not None
+    (stage,) = drift.verdict
+    assert stage.measured_seconds == pytest.approx(0.001)  # what the fake worker says
+    (line,) = (await service.client.status()).forecast.advice[-1:]  # type: ignore[union-attr]  # it serves
+    assert line.startswith("w1 is ")
+    assert "slower than predicted (1.0 ms a step" in line
