@@ -143,7 +143,8 @@ class Engine:
         """One plan, from its making to the loss of a stage: ends by raising only."""
         model, settings = self.model, self.settings
         self._broken.clear()
-        self.planned, self.drift = self._planned(workers), None
+        # In a thread: a plan of hundreds of workers takes a second, and heartbeats go on.
+        self.planned, self.drift = await asyncio.to_thread(self._planned, workers), None
         plan = self.planned.plan
         order = LoadOrder(
             epoch=self.epoch,

@@ -95,7 +95,7 @@ def test_people_get_who_holds_what_and_how_fast(home: str, capsys: Captured) -> 
         "room for KV",
     ):
         assert words in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert max(len(line) for line in shown.splitlines()) <= 100
 
 
 @pytest.mark.cluster
