@@ -85,7 +85,7 @@ class Machines:
             "potluck-coordinator",
             str(self.path),
             *("--grpc-port", grpc, "--fleet-port", fleet, "--workers", str(self.n_workers)),
-            *("--context", "128", *options),
+            *("--context", "128", "--use", "all", *options),
         )
         grpc, fleet = (str(said[door]).rpartition(":")[2] for door in ("grpc", "fleet"))
         self.ports = (grpc, fleet)
