@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,18 @@ def test_a_machine_of_unknown_memory_or_speed_can_not_be_planned(tmp_path: Path)
     without_speed = read(file_of(tmp_path, '[[worker]]\nid = "a"\nmemory = 5\n'))
     with pytest.raises(UsageError, match="read_gb_per_second or layer_ms is missing"):
         workers_of(without_speed, SIZES, MACS)
+
+
+def test_the_files_in_the_documentation_can_be_read(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+    whole, limits = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    described = read(file_of(tmp_path, whole))
+    assert len(workers_of(described, SIZES, MACS)) == 6
+    assert described.links.of(id("laptop-4"), id("hub")) == LinkFigures(0.003, 25e6)
+    assert read(file_of(tmp_path, limits)).limits == {
+        "hub": WorkerLimits(10 * 2**30, (0, 30)),
+        "tv-box": WorkerLimits(exclude=True),
+    }
 
 
 def test_too_many_machines_are_refused(tmp_path: Path) -> None:
