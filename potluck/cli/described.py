@@ -29,7 +29,7 @@ def of_service(report: ServiceReport) -> dict[str, object]:
     return {"worker": workers, "link": links}
 
 
-def of_machine(said: Mapping[str, object], *, id: str = "") -> Table:
+def of_machine(said: Mapping[str, object]) -> Table:
     """The table of a machine that `potluck-worker --describe` has told of.
 
     Raises PotluckError if that is another release's way of telling.
@@ -37,7 +37,7 @@ def of_machine(said: Mapping[str, object], *, id: str = "") -> Table:
     try:
         times, disk = said.get("times"), said.get("disk")
         return _table(
-            id=id or id_of(str(said.get("machine") or said.get("id") or "")),
+            id=id_of(str(said.get("id") or said.get("machine") or "")),
             memory_bytes=_whole(said["memory_free_bytes"]),
             room_bytes=None if said.get("room_bytes") is None else _whole(said["room_bytes"]),
             read_bytes_per_second=_number(said["read_bytes_per_second"]),

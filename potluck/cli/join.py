@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", metavar="L", help="debug, info, warning or error")
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
+def add_machine_options(parser: argparse._ActionsContainer) -> None:
     """What of this machine a worker may use."""
     parser.add_argument(
         "--threads",

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from potluck.cli import described, programs, quantities, running, terminal, values
+from potluck.cli.join import MACHINE_OPTIONS, add_machine_options
 from potluck.errors import PlanError, PotluckError, UsageError
 from potluck.model import KvType
 from potluck.plan import WIRES
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--describe", action="store_true", help="measure this machine and print its [[worker]]"
     )
+    add_machine_options(
+        parser.add_argument_group("this machine, described or planned alone (as of `join`)")
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -93,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None:
         if args.connect is not None:
             raise UsageError("--workers and --connect exclude each other")
+        _refuse_machine_options(args, "--workers describes machines")
         options += ["--workers-file", _file(args.workers)]
         description = ""
     else:
@@ -125,11 +130,20 @@ def _machines(args: argparse.Namespace) -> dict[str, object]:
     asked = args.connect or os.environ.get("POTLUCK_CONNECT")
     if asked or running.clusters():
         address = running.address_of(args.connect)
+        _refuse_machine_options(args, f"the workers of {address} are planned")
         found = asyncio.run(_workers_of(address))
         terminal.note(f"the workers of the cluster at {address}:")
         return found
     terminal.note("this machine alone; --workers FILE plans others (docs/planning.md):")
-    return {"worker": [_this_machine(args.model)]}
+    return {"worker": [_this_machine(args)]}
+
+
+def _refuse_machine_options(args: argparse.Namespace, why: str) -> None:
+    """They would change nothing. A variable may set --threads, which is no mistake."""
+    for name in MACHINE_OPTIONS:
+        if name != "threads" and getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} is of this machine, and {why}")
 
 
 async def _workers_of(address: str) -> dict[str, object]:
@@ -147,13 +161,14 @@ async def _workers_of(address: str) -> dict[str, object]:
 
 
 def _describe(args: argparse.Namespace) -> int:
-    table = _this_machine(args.model)
+    table = _this_machine(args)
     print(json.dumps(table) if args.json else described.toml_of(table), end="\n" * args.json)
     return 0
 
 
-def _this_machine(model: str) -> described.Table:
-    said = programs.output_of("potluck-worker", "--describe", model)
+def _this_machine(args: argparse.Namespace) -> described.Table:
+    options = programs.options(args, *MACHINE_OPTIONS)
+    said = programs.output_of("potluck-worker", "--describe", args.model, *options)
     try:
         found = json.loads(said)
     except ValueError:

@@ -154,6 +154,14 @@ def test_two_sources_of_workers_exclude_each_other(home: str, capsys: Captured) 
     assert "--workers and --connect exclude each other" in capsys.readouterr().err
 
 
+def test_options_of_this_machine_do_not_pass_for_options_of_others(
+    home: str, capsys: Captured
+) -> None:
+    assert cli.main([*MODEL, "--workers", home, "--memory", "2 GiB"]) == 2
+    said = capsys.readouterr().err
+    assert "--memory is of this machine, and --workers describes machines" in said
+
+
 @pytest.mark.cluster
 def test_the_workers_of_a_cluster_are_planned_as_they_were_measured(
     service: FakeService, capsys: Captured
@@ -188,8 +196,11 @@ def test_a_machine_is_described_in_the_words_of_the_file(
         return json.dumps(SAID)
 
     monkeypatch.setattr(programs, "output_of", output_of)
-    assert cli.main(["plan", "synthetic:65b-q4_0", "--describe"]) == 0
-    assert asked == [("potluck-worker", "--describe", "synthetic:65b-q4_0")]
+    given = ("--memory", "12000000000", "--threads", "2")
+    assert cli.main(["plan", "synthetic:65b-q4_0", "--describe", *given]) == 0
+    ((program, *arguments),) = asked
+    assert (program, arguments[:2]) == ("potluck-worker", ["--describe", "synthetic:65b-q4_0"])
+    assert sorted(arguments[2:]) == sorted(given)
     text = capsys.readouterr().out
     assert text.startswith('[[worker]]\nid = "anna-s-laptop"\nmemory = 12000000000\n')
     path = tmp_path / "here.toml"
