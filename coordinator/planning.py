@@ -69,6 +69,7 @@ def planned_json(
 ) -> dict[str, object]:
     """A plan and its forecast as plain values."""
     forecast, n_stages = planned.forecast, len(planned.plan.stages)
+    pipelines = (planned.plan, *planned.replicas)
     numbers = sorted({1, n_stages, 2 * n_stages, settings.sessions})
     return {
         "model": shape.name,
@@ -99,7 +100,7 @@ def planned_json(
             "load_seconds_by_worker": dict(forecast.load_seconds),
         },
         "kv": {
-            "tokens": planner.kv_tokens(planned.plan, shape.sizes),
+            "tokens": sum(planner.kv_tokens(plan, shape.sizes) for plan in pipelines),
             "bytes_per_token": shape.sizes.kv_layer_bytes * shape.sizes.n_layers,
         },
         "spares": list(planned.spares),

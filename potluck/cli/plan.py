@@ -181,6 +181,8 @@ def _this_machine(args: argparse.Namespace) -> described.Table:
 def heading(planned: dict[str, Any]) -> str:
     """The model, and what it is planned for."""
     stages = quantities.count(len(planned["stages"]), "worker")
+    if planned["replicas"]:
+        stages += f" and {quantities.count(len(planned['replicas']), 'further pipeline')}"
     weights = quantities.memory(planned["weights_bytes"])
     return (
         f"{planned['model']} on {stages}: {planned['n_layers']} layers, {weights} of weights,\n"
@@ -236,7 +238,7 @@ def facts(planned: dict[str, Any]) -> list[tuple[str, str]]:
         ("room for KV", room),
     ]
     if planned["spares"]:
-        found.append(("spare", ", ".join(planned["spares"])))
+        found.append(("spare", quantities.names(planned["spares"])))
     for i, replica in enumerate(planned["replicas"]):
         held = ", ".join(f"{s['worker']} {s['span'][0]}-{s['span'][1] - 1}" for s in replica)
         found.append((f"pipeline {i + 2}", held))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 _DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
@@ -39,6 +40,19 @@ def milliseconds(seconds: float) -> str:
 def count(n: int, thing: str) -> str:
     """ "1 worker", "3 workers", "1,024 tokens"."""
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
+def names(ids: Sequence[str]) -> str:
+    """Ids with a number are joined if they follow one another: "hub, pi-1 to pi-50"."""
+    runs: list[tuple[str, str]] = []
+    for id in ids:
+        stem, _, number = id.rpartition("-")
+        before = f"{stem}-{int(number) - 1}" if stem and number.isdecimal() else None
+        if runs and runs[-1][1] == before:
+            runs[-1] = (runs[-1][0], id)
+        else:
+            runs.append((id, id))
+    return ", ".join(first if first == last else f"{first} to {last}" for first, last in runs)
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:

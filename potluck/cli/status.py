@@ -79,7 +79,7 @@ def _forecast_lines(forecast: ForecastReport, n_stages: int) -> list[str]:
     prompt = quantities.duration(forecast.first_token_seconds)
     told = [("predicted ", f"{predicted}, first token of a prompt of 512 after {prompt}")]
     if forecast.spares:
-        told.append(("spare ", ", ".join(forecast.spares)))
+        told.append(("spare ", quantities.names(forecast.spares)))
     told += [("advice ", line) for line in forecast.advice]
     width = terminal.columns(sys.stdout)
     return [terminal.folded(start, text, width) for start, text in told]

@@ -108,6 +108,12 @@ def test_numbers_read_as_people_say_them() -> None:
     assert quantities.count(1024, "token") == "1,024 tokens"
 
 
+def test_names_that_are_counted_are_joined() -> None:
+    ids = ["hub", "pi-1", "pi-2", "pi-3", "pi-5", "x-9", "x-10", "y-2", "a1", "a2"]
+    assert quantities.names(ids) == "hub, pi-1 to pi-3, pi-5, x-9 to x-10, y-2, a1, a2"
+    assert quantities.names([]) == ""
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [("500", 500), ("2 GiB", 2**31), ("1.5GB", 1_500_000_000), ("3k", 3000), ("1mib", 2**20)],
