@@ -28,7 +28,7 @@ from coordinator.pipeline import Pipeline
 from coordinator.planner import Asked, Planned
 from coordinator.request import Request
 from coordinator.scheduler import Batch, BatchRows, Limits, Scheduler, picks_that_fit
-from coordinator.served import ServedModel
+from coordinator.served import ServedModel, stored_layers
 from coordinator.session import Session, SessionId
 from coordinator.stream import AnswerStream
 from potluck.errors import PlanError, PotluckError, StageLost, StepError, Unreachable
@@ -189,6 +189,7 @@ class Engine:
             ),
             links=self.links,
             limits=self.limits,
+            stored=stored_layers(self.model.file, self.model.config, workers),
         )
 
     @property

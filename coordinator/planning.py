@@ -13,10 +13,10 @@ from coordinator.config import Settings, Use
 from coordinator.described import Description, workers_of
 from coordinator.forecast import Forecast
 from coordinator.planner import Asked, Planned
-from coordinator.served import ModelShape, shape_of
+from coordinator.served import ModelShape, shape_of, stored_layers
 from potluck.errors import UsageError
 from potluck.model import layer_macs
-from potluck.plan import Plan, WorkerId, WorkerInfo
+from potluck.plan import Plan, WorkerInfo
 
 FIRST_TOKEN_PROMPT = 512  # tokens of the prompt whose first token is timed
 _STDIN = "standard input"
@@ -31,15 +31,6 @@ def asked_of(settings: Settings, context_tokens: int) -> Asked:
         every_worker=settings.use is Use.ALL,
         one_pipeline=not settings.replicas,
     )
-
-
-def stored_layers(
-    shape: ModelShape, workers: tuple[WorkerInfo, ...]
-) -> dict[WorkerId, frozenset[int]]:
-    """Layers that need not be sent: all of a synthetic model, which each worker makes itself."""
-    if shape.file.synthetic is None:
-        return {}
-    return {worker.id: frozenset(range(shape.config.n_layers)) for worker in workers}
 
 
 def plan_only(settings: Settings) -> dict[str, object]:
@@ -59,7 +50,7 @@ def plan_only(settings: Settings) -> dict[str, object]:
         asked_of(settings, shape.context_tokens),
         links=described.links,
         limits=limits,
-        stored=stored_layers(shape, workers),
+        stored=stored_layers(shape.file, shape.config, workers),
     )
     return planned_json(planned, shape, settings, workers)
 

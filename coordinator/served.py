@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.config import DEFAULT_CONTEXT_TOKENS, ROWS_LIMIT
@@ -15,6 +16,7 @@ from potluck.errors import UsageError
 from potluck.gguf import GgufFile
 from potluck.manifest import Manifest
 from potluck.model import KvType, ModelConfig, config_of
+from potluck.plan import WorkerId, WorkerInfo
 from potluck.rpc import options
 from potluck.rpc.v1 import types_pb2
 from potluck.tokenizer import Tokenizer
@@ -100,3 +102,12 @@ def open_model(
         file=file,
         manifest=manifest,
     )
+
+
+def stored_layers(
+    file: GgufFile, config: ModelConfig, workers: Iterable[WorkerInfo]
+) -> dict[WorkerId, frozenset[int]]:
+    """Layers that need not be sent: all of a synthetic model, which each worker makes itself."""
+    if file.synthetic is None:
+        return {}
+    return {worker.id: frozenset(range(config.n_layers)) for worker in workers}
