@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 SMALL = TinyShape(n_layers=6, context_tokens=256)
 # 0.2 GB: long enough on the way to be caught there.
 LARGE = TinyShape(weight_type="f16", dim=1024, n_layers=8, n_heads=16, ffn_dim=2816, head_dim=64)
+ROOM_BYTES = 200 * 1024 * 1024  # beyond the shard
 GREEDY = AnswerOptions(max_tokens=12, temperature=0.0, logprobs=0)
 
 
@@ -139,7 +142,12 @@ class Machines:
     def said(self) -> str:
         return "\n".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
 
-    def kill(self, process: subprocess.Popen[str]) -> None:
+    def shard_bytes(self) -> int:
+        """Of the first stage."""
+        return self.status().plan[0].shard_bytes
+
+    def kill(self, process: subprocess.Popen[str] | None) -> None:
+        assert process is not None
         process.kill()
         process.communicate()
 
@@ -226,3 +234,171 @@ def test_only_the_tensors_of_a_span_are_sent_and_only_once(machines: Machine, sm
     for name in spans:
         away.start_worker(name)
     assert set(away.fetched().values()) == {0}
+
+
+def peak_resident_bytes(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def wait_for_bytes(away: Machines, cache: str, n_bytes: int) -> None:
+    deadline = time.monotonic() + 60
+    while away.store(cache).total_bytes() < n_bytes:
+        assert time.monotonic() < deadline, away.said()
+        time.sleep(0.002)
+
+
+def test_a_coordinator_killed_in_mid_delivery_goes_on_where_it_was(
+    machines: Machine, large: Path
+) -> None:
+    size = span_bytes(large, 0, LARGE.n_layers)
+    away = machines(large)
+    away.start_worker("w1")
+    wait_for_bytes(away, "w1", 6 * size // 10)
+    away.kill(away.coordinator)
+    away.start_coordinator()
+    fetched = away.fetched()["w1"]
+    assert 0 < fetched <= 4 * size // 10
+    assert away.bits()
+
+
+def test_a_worker_killed_in_mid_delivery_goes_on_where_it_was(
+    machines: Machine, large: Path
+) -> None:
+    size = span_bytes(large, 0, LARGE.n_layers)
+    away = machines(large)
+    away.start_worker("w1")
+    wait_for_bytes(away, "w1", 6 * size // 10)
+    away.kill(away.workers["w1"])
+    kept = away.store("w1").total_bytes() - gguf.read(large).data_offset_bytes
+    away.start_worker("w1")
+    assert away.fetched()["w1"] == size - kept
+    assert kept < size
+    assert peak_resident_bytes(away.workers["w1"].pid) < away.shard_bytes() + ROOM_BYTES
+
+
+def test_only_a_damaged_tensor_is_fetched_again(machines: Machine, small: Path) -> None:
+    away = machines(small)
+    away.start_worker("w1")
+    away.until_serving()
+    before = away.bits()
+    largest = max(away.store("w1").root.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    away.stop("w1")
+    away.start_worker("w1")
+    assert away.fetched()["w1"] == len(data)
+    assert away.bits() == before
+    assert "is damaged: its sha256 is" in away.said()
+    largest.unlink()
+    away.stop("w1")
+    away.start_worker("w1")
+    assert away.fetched()["w1"] == len(data)
+    assert away.bits() == before
+
+
+def test_another_worker_serves_what_it_has(machines: Machine, large: Path) -> None:
+    one = machines(large)
+    one.start_worker("w1")
+    one.until_serving()
+    one.stop()
+    one.n_workers = 2
+    one.start_coordinator()
+    one.start_worker("w1")
+    one.start_worker("w2")
+    fetched = one.fetched()
+    spans = {stage.worker: stage.span for stage in one.status().plan}
+    assert fetched == {"w1": 0, "w2": span_bytes(large, *spans["w2"])}
+    assert " from worker w1" in one.said()
+
+
+def test_a_new_plan_fetches_only_layers_that_are_new(machines: Machine, small: Path) -> None:
+    away = machines(small, n_workers=2)
+    away.start_worker("w1")
+    away.start_worker("w2")
+    first = away.fetched()
+    spans = {stage.worker: stage.span for stage in away.status().plan}
+    away.stop()
+    away.n_workers = 1
+    away.start_coordinator()
+    away.start_worker("w1")
+    rest = span_bytes(small, 0, SMALL.n_layers) - span_bytes(small, *spans["w1"])
+    assert away.fetched() == {"w1": rest}
+    assert first["w2"] == span_bytes(small, *spans["w2"])
+
+
+def test_a_copy_under_another_name_is_verified_once_and_nothing_is_sent(
+    machines: Machine, small: Path
+) -> None:
+    away = machines(small)
+    folder = away.folder / "w1" / "models" / "model"
+    folder.mkdir(parents=True)
+    copy = Path(shutil.copy(small, folder / "copy.gguf"))
+    away.start_worker("w1")
+    assert away.fetched() == {"w1": 0}
+    before = away.bits()
+    (record,) = (away.folder / "w1" / "manifests").iterdir()
+    assert len(record.read_text().splitlines()) == len(gguf.read(small).tensors)
+    away.stop("w1")
+    file = gguf.read(copy)
+    with copy.open("r+b") as opened:  # the same header, other weights
+        opened.seek(file.tensors["blk.2.ffn_up.weight"].offset_bytes)
+        opened.write(b"\x01\x02\x03")
+    away.start_worker("w1")
+    assert away.fetched() == {"w1": span_bytes(small, 0, SMALL.n_layers)}
+    assert away.bits() == before
+    assert "holds other weights than the coordinator's file" in away.said()
+
+
+def test_a_store_without_room_ends_the_start_with_figures(machines: Machine, small: Path) -> None:
+    away = machines(small)
+    away.start_worker("w1", "--tensor-space", "20000")
+    assert away.coordinator is not None
+    assert away.coordinator.wait(60) == 1
+    assert "delivered tensors may take 20,000 bytes" in away.said()
+    assert "--tensor-space" in away.said()
+    assert not list(away.store("w1").root.rglob("??/*[0-9a-f].part"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_ends_the_start_with_figures(machines: Machine, small: Path) -> None:
+    away = machines(small)
+    cache = away.folder / "w1"
+    cache.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(cache)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no mounts here: {mounted.stderr!r}")
+    try:
+        away.start_worker("w1")
+        assert away.coordinator is not None
+        assert away.coordinator.wait(60) == 1
+        assert "bytes of the disk are free" in away.said()
+        away.stop()
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+def test_a_file_that_is_changed_under_the_coordinator_is_served_no_more(
+    machines: Machine, small: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copy(small, tmp_path / "own.gguf"))
+    away = machines(own)
+    with own.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"!")
+    away.start_worker("w1")
+    assert away.coordinator is not None
+    assert away.coordinator.wait(60) == 1
+    assert "was changed since it was opened" in away.said()
+
+
+def test_nothing_is_sent_of_a_synthetic_model(start_cluster: Any) -> None:
+    cluster = start_cluster("synthetic:tiny-q4_0", workers=2, options=("--context", "128"))
+    workers = cluster.status().workers
+    assert [(w.fetched_bytes, w.fetch_total_bytes) for w in workers] == [(0, 0)] * 2
