@@ -153,7 +153,8 @@ class Engine:
             max_sessions=settings.max_sessions,
             kv_type=settings.kv_type,
             wire=settings.wire,
-            addresses={worker.id: worker.address for worker in workers},
+            # Also of those that take no part: they may have weights on their disks.
+            addresses={w.id: w.address for w in (*workers, *self.membership.fleet.usable())},
             fleet_address=self.fleet_address,
             weights_address=self.fleet_address if model.manifest is not None else "",
         )

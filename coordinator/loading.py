@@ -39,6 +39,8 @@ _REFUSALS = frozenset(
     }
 )
 
+MOST_NEIGHBOURS = 32  # that a worker asks what they have
+
 Progress = Callable[[WorkerId, LoadNews], None]
 
 
@@ -149,12 +151,16 @@ def _request(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.LoadRequest:
         next=_next(plan, order, i),
         max_sessions=order.max_sessions,
         weights_address=order.weights_address,
-        neighbours=[
-            worker_pb2.LinkTarget(worker=worker, address=address)
-            for worker, address in order.addresses.items()
-            if worker != stage.worker
-        ],
+        neighbours=_neighbours(stage.worker, order),
     )
+
+
+def _neighbours(worker: WorkerId, order: LoadOrder) -> list[worker_pb2.LinkTarget]:
+    """Whom it may ask for tensors: those behind it in a ring of all, so that not all ask one."""
+    ids = list(order.addresses)
+    at = ids.index(worker) + 1
+    ring = [*ids[at:], *ids[: at - 1]][:MOST_NEIGHBOURS]
+    return [worker_pb2.LinkTarget(worker=id, address=order.addresses[id]) for id in ring]
 
 
 def _next(plan: Plan, order: LoadOrder, i: int) -> worker_pb2.NextStage:

@@ -166,6 +166,7 @@ class Delivery:
     async def _fetched(self, fetching: Fetching) -> tuple[GgufFile, ModelConfig]:
         """Header, then what the shape is told by, then the span."""
         file = await self._header(fetching)
+        started = asyncio.get_running_loop().time()
         stored: dict[str, Path] = {}
         if DIVISORS in file.tensors:
             stored |= await self._stored(fetching, [file.tensors[DIVISORS]])
@@ -173,8 +174,10 @@ class Delivery:
         config = await asyncio.to_thread(model.config_of, file)
         check(self._order, config)
         stored |= await self._stored(fetching, self._tensors(file, config))
-        if fetching.fetched_bytes:
-            log.info("%d bytes of weights came from other machines", fetching.fetched_bytes)
+        if fetched := fetching.fetched_bytes:
+            seconds = asyncio.get_running_loop().time() - started
+            parts = ", ".join(f"{n} from {name}" for name, n in fetching.by_source.most_common())
+            log.info("%d bytes of weights came in %.3f s: %s", fetched, seconds, parts)
         return await asyncio.to_thread(gguf.read_header, file.path, file.size_bytes, stored), config
 
     async def _header(self, fetching: Fetching) -> GgufFile:

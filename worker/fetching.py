@@ -12,7 +12,7 @@ import asyncio
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 WRONG_TRIES = 3
-# Tensors whose sums are asked for at a time: the next ones are hashed while these are fetched.
-SLICE_TENSORS = 32
+# Of tensors whose sums are asked for at a time: the next ones are hashed while these are fetched.
+SLICE_BYTES = 2**27
 WAIT_SECONDS = 2.0  # for another process, before it is looked at again
 _EARLIER = "an earlier start"  # where the first bytes of a tensor are from that was cut off
 
@@ -54,6 +54,7 @@ class Fetching:
     def __init__(self, store: TensorStore, sources: Sources, stack: AsyncExitStack) -> None:
         """Tensors that are used stay claimed in the store until `stack` is closed."""
         self.fetched_bytes = 0
+        self.by_source: Counter[str] = Counter()  # of `fetched_bytes`
         self.wanted_bytes = 0  # of all tensors, also those that are here
         self.left_bytes = 0  # that still have to come
         self._store = store
@@ -127,8 +128,7 @@ class Fetching:
         """Finds out the sums, and hands on what is not here."""
         held_back: list[Wanted] = []
         is_roomy = await asyncio.to_thread(self._is_roomy, self.left_bytes)
-        for start in range(0, len(tensors), SLICE_TENSORS):
-            some = tensors[start : start + SLICE_TENSORS]
+        for some in _slices(tensors):
             found = await self.sums(some)
             sums.update(zip((t.name for t in some), found, strict=True))
             claim = self._store.claimed(found)
@@ -288,6 +288,7 @@ class Fetching:
                 if part is None:
                     break
                 senders.add(source.name)
+                self.by_source[source.name] += len(part.data)
                 n_bytes = len(part.data)
                 since += n_bytes
                 if since >= options.FETCH_LEAST_BYTES:
@@ -323,6 +324,18 @@ class Fetching:
             self._moved_at = self._loop.time()
         self._left[wanted.sha256] = n_bytes
         self.left_bytes += n_bytes - before
+
+
+def _slices(tensors: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """In their order, each of SLICE_BYTES or a little more."""
+    some: list[TensorInfo] = []
+    for tensor in tensors:
+        some.append(tensor)
+        if sum(t.size_bytes for t in some) >= SLICE_BYTES:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _free_bytes(store: TensorStore) -> int:
