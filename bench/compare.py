@@ -20,16 +20,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import potluck
 from potluck import catalogue, gguf
 from potluck.cli import measuring, memory, quantities, timing
 from potluck.errors import PlanError, PotluckError
 from potluck.model import KvType
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HERE = Path(__file__).parent
 TESTS = ["pp512", "tg128", "pp512@d4096", "tg64@d4096", "tg32", "tg32x2", "tg32x4", "tg32x8"]
@@ -106,10 +109,13 @@ class Rounds:
 class Side:
     """A process that answers each order with a line."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        self.pid = self._process.pid
         self.ready = self._read()
 
     def ask(self, **order: object) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def rounds_of(
 ) -> Rounds:
     """Runs a test n times on each; who begins changes from round to round."""
     ours.ask(do="open", test=test.name)
-    theirs.ask(do="open", room=room, n_settings=n_settings, **asdict(test))
+    theirs.ask(do="open", room=room, settings=list(range(n_settings)), **asdict(test))
     order: list[int | None] = [None, *range(n_settings)]
     seconds: dict[int | None, list[float]] = {who: [] for who in order}
     for _ in range(n):
@@ -271,9 +277,9 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def append(file: Path, row: Row) -> None:
-    """Adds a line to the results, whose columns must be these."""
-    names = [field.name for field in fields(Row)]
+def append(file: Path, row: DataclassInstance) -> None:
+    """Adds a line to the results, whose columns must be the row's."""
+    names = [field.name for field in fields(row)]
     is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -284,13 +290,20 @@ def append(file: Path, row: Row) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What would fail after long work is refused before. Raises SystemExit."""
-    if args.csv and args.csv.exists():
-        with args.csv.open(encoding="utf-8") as file:
-            found = next(csv.reader(file), [])
-        if found != [field.name for field in fields(Row)]:
-            raise SystemExit(f"{args.csv} has other columns; name a new file")
+    if args.csv:
+        check_columns(args.csv, Row)
     if args.rounds < 1 or min(args.threads) < 1:
         raise SystemExit("--rounds and --threads: 1 or more")
+
+
+def check_columns(path: Path, row: type[DataclassInstance]) -> None:
+    """A results file that exists has the columns of `row`. Raises SystemExit."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        found = next(csv.reader(file), [])
+    if found != [field.name for field in fields(row)]:
+        raise SystemExit(f"{path} has other columns; name a new file")
 
 
 def check_memory(subject: measuring.Subject, tests: list[measuring.Test]) -> None:

@@ -4,24 +4,32 @@ Runs under the other environment's Python, without potluck. Reads orders as JSON
 each with one. The model is loaded once; each number of sessions at once gets a context a setting.
 Each session has a KV stream of its own: on the 7B shape with four sessions that was as fast as one
 shared KV at depth 0 and 4 % faster after 512 positions.
+
+With --rpc all layers lie on servers of llama.cpp's RPC, and this process only says what to do.
+llama-cpp-python's own library has no RPC: LLAMA_CPP_LIB_PATH must name the folder of one that has.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
-# Flash attention, type of the KV.
-SETTINGS = [
-    (0, llama_cpp.GGML_TYPE_F16),
-    (1, llama_cpp.GGML_TYPE_F16),
-    (1, llama_cpp.GGML_TYPE_Q8_0),
-]
 CHUNK_ROWS = 512  # n_ubatch of llama-bench, and potluck's chunk
+# Flash attention, type of the KV, rows that go through the layers at once. Smaller pieces of a
+# batch let several RPC servers work at the same time.
+SETTINGS = [
+    (0, llama_cpp.GGML_TYPE_F16, CHUNK_ROWS),
+    (1, llama_cpp.GGML_TYPE_F16, CHUNK_ROWS),
+    (1, llama_cpp.GGML_TYPE_Q8_0, CHUNK_ROWS),
+    (1, llama_cpp.GGML_TYPE_F16, 128),
+    (1, llama_cpp.GGML_TYPE_F16, 64),
+]
 
 
 class Context:
@@ -32,9 +40,9 @@ class Context:
         params.n_seq_max = n_sessions
         params.n_ctx = n_sessions * -(-room // 256) * 256
         params.kv_unified = False
-        params.n_batch = params.n_ubatch = CHUNK_ROWS
+        params.n_batch = CHUNK_ROWS
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type, kv_type = SETTINGS[setting]
+        params.flash_attn_type, kv_type, params.n_ubatch = SETTINGS[setting]
         params.type_k = params.type_v = kv_type
         self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
@@ -107,22 +115,39 @@ class Context:
 
 def serve(model, threads: int) -> None:
     """Answers until the input ends."""
-    contexts, made_for, test = [], None, {}
+    contexts, made_for, test = {}, None, {}
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "open":
             test = order
-            if made_for != (order["n_sessions"], order["room"]):
-                for context in contexts:
+            if made_for != (order["n_sessions"], order["room"]) or set(contexts) != set(
+                order["settings"]
+            ):
+                for context in contexts.values():
                     context.close()
                 made_for = (order["n_sessions"], order["room"])
-                settings = range(order["n_settings"])
-                contexts = [Context(model, threads, s, *made_for) for s in settings]
-            for context in contexts:
-                context.run({**test, "n_gen": min(test["n_gen"], 8)})  # warm-up
-            answer()
+                contexts = {s: Context(model, threads, s, *made_for) for s in order["settings"]}
+            short = {**test, "n_gen": min(test["n_gen"], 8)}
+            answer(seconds=[context.run(short) for context in contexts.values()])  # warm-up
         else:
             answer(seconds=contexts[order["setting"]].run(test))
+
+
+def add_servers(endpoints: list[str]) -> None:
+    """Makes each HOST:PORT a device that layers can lie on."""
+    library = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml.so"))
+    library.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    found = library.ggml_backend_reg_by_name(b"RPC")
+    if not found:
+        raise SystemExit("this llama.cpp was built without GGML_RPC")
+    address_of = library.ggml_backend_reg_get_proc_address
+    address_of.argtypes, address_of.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+    connect = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(
+        address_of(found, b"ggml_backend_rpc_add_server")
+    )
+    library.ggml_backend_register.argtypes = [ctypes.c_void_p]
+    for endpoint in endpoints:
+        library.ggml_backend_register(connect(endpoint.encode()))
 
 
 def answer(**fields: object) -> None:
@@ -135,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--rpc", nargs="+", metavar="HOST:PORT", help="servers for all layers")
     args = parser.parse_args()
 
     @llama_cpp.llama_log_callback
@@ -143,9 +169,11 @@ def main() -> int:
 
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        args.model.encode(), llama_cpp.llama_model_default_params()
-    )
+    params = llama_cpp.llama_model_default_params()
+    if args.rpc:
+        add_servers(args.rpc)
+        params.n_gpu_layers = 999
+    model = llama_cpp.llama_model_load_from_file(args.model.encode(), params)
     if not model:
         print(f"llama.cpp does not load {args.model}", file=sys.stderr)
         return 1
