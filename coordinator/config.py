@@ -35,7 +35,7 @@ class Settings:
     fleet_port: int = options.DEFAULT_FLEET_PORT
     workers: int = 1  # that the service waits for
     context_tokens: int = 0  # 0: DEFAULT_CONTEXT_TOKENS or the model's own
-    prefill_chunk: int = 64
+    prefill_chunk: int = 0  # prompt tokens of a step; 0: as forecast.chunk_of says
     max_sessions: int = 8
     queue: int = 32
     sessions: int = 1  # answers at once that the plan is made to be fast for
@@ -57,7 +57,7 @@ class Settings:
             ("--fleet-port", self.fleet_port, 0, 65535),
             ("--workers", self.workers, 1, 256),
             ("--context", self.context_tokens, 0, 2**20),
-            ("--prefill-chunk", self.prefill_chunk, 1, ROWS_LIMIT),
+            ("--prefill-chunk", self.prefill_chunk, 0, ROWS_LIMIT),
             ("--max-sessions", self.max_sessions, 1, 256),
             ("--queue", self.queue, 0, 65536),
             ("--sessions", self.sessions, 1, 256),
@@ -98,7 +98,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--fleet-port", type=int, default=Settings.fleet_port, help="for workers; 0: any free one")
     add("--workers", type=int, default=Settings.workers, help="wait for so many workers")
     add("--context", type=_positive, default=0, help="most tokens of prompt and answer together")
-    add("--prefill-chunk", type=int, default=Settings.prefill_chunk, help="prompt tokens of a step")
+    add("--prefill-chunk", type=int, default=0, help="prompt tokens of a step; 0: by the plan")
     add("--max-sessions", type=int, default=Settings.max_sessions, help="answers at the same time")
     add("--queue", type=int, default=Settings.queue, help="requests that may wait for a place")
     add("--sessions", type=int, default=Settings.sessions, help="plan for so many answers at once")

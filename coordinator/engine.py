@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from typing import Protocol
 
-from coordinator import planner
+from coordinator import forecast, planner
 from coordinator.answer import AnswerText
 from coordinator.config import Settings, Use
 from coordinator.drift import Drift
@@ -361,11 +361,13 @@ class Engine:
         self._end_all(Unreachable("the coordinator is stopping"))
 
     def _limits(self, plan: Plan) -> Limits:
+        n_stages = len(plan.stages)
+        chunk = self.settings.prefill_chunk or forecast.chunk_of(n_stages)
         return Limits(
-            n_stages=len(plan.stages),
+            n_stages=n_stages,
             max_sessions=self.settings.max_sessions,
             queue=self.settings.queue,
-            chunk_tokens=min(self.settings.prefill_chunk, self.model.step_tokens),
+            chunk_tokens=min(chunk, self.model.step_tokens),
             step_tokens=self.model.step_tokens,
             step_picks=picks_that_fit(self.model.config.vocab, options.LOGITS_BYTES),
             kv_tokens=planner.kv_tokens(plan, self.model.sizes),

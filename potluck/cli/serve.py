@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk",
         type=values.whole(1, 512),
         metavar="N",
-        help="tokens of a prompt a step (default 64)",
+        help="tokens of a prompt a step (default 64 with one worker, 32 with several)",
     )
     parser.add_argument(
         "--max-sessions", type=values.whole(1), metavar="N", help="answers at once (default 8)"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.asked import Asked
-from coordinator.forecast import Forecast, forecast_of, groups, shared
+from coordinator.forecast import Forecast, chunk_of, forecast_of, groups, shared
 from coordinator.layer_times import speed_of
 from coordinator.sizes import ModelSizes
 from potluck.errors import PlanError
@@ -126,6 +126,7 @@ def test_chunks_of_a_prompt_follow_one_another_a_slot_apart() -> None:
     found = forecast(plan(2, 2), worker("w1", times=flat), worker("w2", times=flat))
     slot = 2 * (0.02 + 256 * 1000 / 10e9)  # a chunk's rows share the KV they read
     assert found.first_token_seconds(512, 64) == pytest.approx((8 + 2 - 1) * slot + 0.005)
+    assert found.first_token_seconds(512) == found.first_token_seconds(512, chunk_of(2))
     assert found.first_token_seconds(1, 64) == pytest.approx(0.045)
 
 

@@ -110,6 +110,16 @@ async def test_a_prompt_goes_in_chunks_of_which_the_last_row_wants_a_pick(
     ]
 
 
+@pytest.mark.parametrize(("workers", "rows"), [(1, [63]), (2, [32, 31])])
+async def test_chunks_are_smaller_where_the_next_stage_waits_for_them(
+    start_service: Any, workers: int, rows: list[int]
+) -> None:
+    service = await start_service(workers=workers)
+    await service.ask([5] * 63, AnswerOptions(max_tokens=1, temperature=0))
+    found = [len(rows.token_ids) for step in service.workers[0].steps for rows in step.rows]
+    assert found == rows
+
+
 async def test_several_chunks_are_in_flight_at_once(start_service: Any, fake: Any) -> None:
     service = await start_service(settings={"prefill_chunk": 4})
     first, last = service.workers
