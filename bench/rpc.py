@@ -133,7 +133,8 @@ class Cluster:
 
     def __init__(self, model: Path, workers: int, options: Sequence[str]) -> None:
         command = [str(BIN / "potluck"), "serve", str(model), "--json", "--context", "1024"]
-        command += ["--local-workers", str(workers), "--threads", "1", *options]
+        command += ["--local-workers", str(workers), "--threads", "1"]
+        command += ["--use", "all", "--sessions", str(workers), *options]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )

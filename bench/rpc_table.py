@@ -76,10 +76,7 @@ def _ratio(row: Row, other: str) -> str:
 def _words(test: Test) -> str:
     """What a test does: "4 streams of 32 tokens"."""
     if test.n_prompt:
-        each = f"{test.n_prompt:,}"
-        return (
-            f"{test.n_sessions} prompts of {each}" if test.n_sessions > 1 else f"prompt of {each}"
-        )
+        return f"{quantities.count(test.n_sessions, 'prompt')} of {test.n_prompt:,}"
     return f"{quantities.count(test.n_sessions, 'stream')} of {test.n_gen:,} tokens"
 
 
