@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import potluck
+from bench import cpu_time
 from bench.compare import (
     HERE,
     REST_SECONDS,
@@ -58,7 +59,6 @@ MOST_FOREIGN = 0.04
 TRIES = 3  # rounds run for each that is to count, before the machine is given up
 START_SECONDS = 60.0  # for a server to listen
 READ_BYTES, READ_ROUNDS = 2**29, 5  # of the bandwidth, as bench/potluck_side.py
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,38 +280,15 @@ class Run:
     idle: float  # CPU time of the contenders that did not run, likewise
 
 
-def busy_seconds(text: str) -> float:
-    """CPU time of everything since the machine started; `text` is /proc/stat."""
-    # user, nice, system, idle, iowait, irq, softirq, steal: another machine's time counts, too
-    ticks = [int(word) for word in text.splitlines()[0].split()[1:9]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / TICKS
-
-
-def process_seconds(text: str) -> float:
-    """CPU time of a process; `text` is /proc/PID/stat, whose name may hold anything."""
-    after_name = text.rpartition(")")[2].split()
-    return (int(after_name[11]) + int(after_name[12])) / TICKS
-
-
-def cpu_seconds(groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """CPU time of each group of processes and, named "", of the machine."""
-    proc = Path("/proc")
-    spent = {
-        name: sum(process_seconds((proc / str(pid) / "stat").read_text()) for pid in pids)
-        for name, pids in groups.items()
-    }
-    return {**spent, "": busy_seconds((proc / "stat").read_text())}
-
-
 def run_of(name: str, contenders: Mapping[str, Contender]) -> Run:
     """One turn, with what else happened meanwhile."""
     groups = {who: contender.pids for who, contender in contenders.items()}
     groups["bench"] = [os.getpid()]  # asks, and receives tokens: potluck's client is in it
     time.sleep(REST_SECONDS)
-    before, start = cpu_seconds(groups), time.perf_counter()
+    before, start = cpu_time.seconds_of(groups), time.perf_counter()
     seconds = contenders[name].seconds()
     elapsed = time.perf_counter() - start
-    spent = {who: after - before[who] for who, after in cpu_seconds(groups).items()}
+    spent = {who: after - before[who] for who, after in cpu_time.seconds_of(groups).items()}
     machine = spent.pop("")
     foreign = max(0.0, machine - sum(spent.values()))
     idle = sum(seconds for who, seconds in spent.items() if who not in (name, "bench"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench import cpu_time
 from potluck.cli.measuring import Test as Measure
 from potluck.errors import UsageError
 
@@ -136,18 +137,20 @@ def test_a_run_knows_what_others_and_resting_contenders_took(
         ]
     )
     clock = iter([5.0, 7.0])
-    monkeypatch.setattr(rpc, "cpu_seconds", lambda groups: next(spent))
+    monkeypatch.setattr(rpc.cpu_time, "seconds_of", lambda groups: next(spent))
     monkeypatch.setattr(rpc.time, "perf_counter", lambda: next(clock))
     run = rpc.run_of("a", {"a": Scripted([2.0]), "b": Scripted([])})
     assert run == rpc.Run(seconds=2.0, foreign=0.5, idle=0.125)
 
 
-def test_cpu_time_is_read_from_the_systems_files(rpc: ModuleType) -> None:
+def test_cpu_time_is_read_from_the_systems_files() -> None:
     machine = "cpu  100 20 30 4000 500 6 7 8 900 900\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
-    assert rpc.busy_seconds(machine) == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / rpc.TICKS)
+    assert cpu_time.busy_seconds(machine) == pytest.approx(
+        (100 + 20 + 30 + 6 + 7 + 8) / cpu_time.TICKS
+    )
     fields_of = " ".join(["S", *map(str, range(4, 53))])  # state is the third, utime the 14th
     process = f"42 (a name) with) brackets) {fields_of}"
-    assert rpc.process_seconds(process) == pytest.approx((14 + 15) / rpc.TICKS)
+    assert cpu_time.process_seconds(process) == pytest.approx((14 + 15) / cpu_time.TICKS)
 
 
 class ScriptedSide:
