@@ -169,7 +169,7 @@ class Engine:
                 gone = [s.worker for s in plan.stages if s.worker in self._broken]
                 if gone:
                     raise StageLost(f"worker {gone[0]} was lost while it loaded", worker=gone[0])
-                await self._serve(pipeline, Scheduler(self._limits(plan)))
+                await self._serve(pipeline, Scheduler(self._limits(self.planned)))
         finally:
             self.pipeline, self._scheduler = None, None
             self.epoch += 1  # the fence: what is left of this epoch is stale from now on
@@ -360,8 +360,8 @@ class Engine:
             log.warning("ending %s running answers", len(self._answers))
         self._end_all(Unreachable("the coordinator is stopping"))
 
-    def _limits(self, plan: Plan) -> Limits:
-        n_stages = len(plan.stages)
+    def _limits(self, planned: Planned) -> Limits:
+        n_stages = len(planned.plan.stages)
         chunk = self.settings.prefill_chunk or forecast.chunk_of(n_stages)
         return Limits(
             n_stages=n_stages,
@@ -370,7 +370,8 @@ class Engine:
             chunk_tokens=min(chunk, self.model.step_tokens),
             step_tokens=self.model.step_tokens,
             step_picks=picks_that_fit(self.model.config.vocab, options.LOGITS_BYTES),
-            kv_tokens=planner.kv_tokens(plan, self.model.sizes),
+            kv_tokens=planner.kv_tokens(planned.plan, self.model.sizes),
+            spread=planned.forecast.spread(self.settings.max_sessions),
         )
 
     def _break(self, worker: WorkerId, why: str) -> None:

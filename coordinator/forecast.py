@@ -104,6 +104,12 @@ class Forecast:
             key=lambda g: max(self.sweep_seconds(g[1]), g[0] * self.slot_seconds(g[1])),
         )
 
+    def spread(self, most_sessions: int) -> tuple[int, ...]:
+        """[u - 1]: steps under way that are best for u sessions, up to 64 of them: beyond that a
+        step has so many rows that it hardly matters.
+        """
+        return tuple(self.steps(u)[0] for u in range(1, min(most_sessions, 64) + 1))
+
     def tokens_per_second(self, sessions: int = 1) -> float:
         """Of all sessions together: U / max(Lambda(m), G tau(m)) with the best G."""
         steps, rows = self.steps(sessions)
