@@ -15,7 +15,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "bench"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Loads bench/<name>.py."""
+    """Loads bench/<name>.py, which may import others of its folder."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"bench_{name}", FOLDER / f"{name}.py")
