@@ -269,15 +269,15 @@ PYBIND11_MODULE(_engine, m) {
   m.def(
       "benchmark_matmul",
       [](Engine& engine, const std::string& type_name, size_t rows, size_t cols, size_t batch,
-         size_t rounds) {
+         size_t rounds, size_t weight_bytes) {
         const WeightType type = KnownType(type_name).type;
         return WithoutGil([&] {
           return BenchmarkMatMul(engine.pool, *engine.kernels.matmul, type, rows, cols, batch,
-                                 rounds);
+                                 rounds, weight_bytes);
         });
       },
       py::arg("engine"), py::arg("type_name"), py::arg("rows"), py::arg("cols"), py::arg("batch"),
-      py::arg("rounds"));
+      py::arg("rounds"), py::arg("weight_bytes") = size_t{256} << 20);
 }
 
 }  // namespace potluck

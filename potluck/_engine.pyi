@@ -272,11 +272,18 @@ class Shard:
         """Positions of the session now. UnknownSession."""
 
 def benchmark_matmul(
-    engine: Engine, type_name: str, rows: int, cols: int, batch: int, rounds: int
+    engine: Engine,
+    type_name: str,
+    rows: int,
+    cols: int,
+    batch: int,
+    rounds: int,
+    weight_bytes: int = 268435456,
 ) -> float:
     """Median seconds of one product of seeded random weights [rows, cols] with `batch` rows.
 
-    The weights come from memory, not from cache.
+    The weights come from memory, not from cache, if weight_bytes are several times the last one:
+    each round takes another of so many bytes of copies. Takes weight_bytes and one matrix more.
     """
 
 def convert(

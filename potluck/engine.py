@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from potluck.errors import EngineError
 from potluck.gguf import GgufFile, TensorInfo
@@ -15,6 +16,7 @@ from potluck.model import ModelConfig
 from potluck.verified import verified
 
 try:
+    from potluck import _engine
     from potluck._engine import (
         ISAS,
         PACK_LAYOUT,
@@ -56,6 +58,7 @@ __all__ = [
     "available_isas",
     "benchmark_matmul",
     "block_layout",
+    "build",
     "config_for",
     "convert",
     "crc32c",
@@ -67,6 +70,16 @@ __all__ = [
 ]
 
 TensorTuple = tuple[str, str, int, int, int]  # name, type, rows, cols, offset in the file
+
+
+def build() -> str:
+    """Tells this compiled engine from others, for what is measured with it: file, size, time."""
+    path = Path(_engine.__file__ or "")
+    try:
+        found = path.stat()
+    except OSError:  # replaced while we run
+        return path.name
+    return f"{path.name} {found.st_size} {found.st_mtime_ns}"
 
 
 def config_for(model: ModelConfig) -> Config:

@@ -17,7 +17,7 @@
 namespace potluck {
 namespace {
 
-constexpr size_t kAllCopiesBytes = size_t{256} << 20;
+constexpr size_t kMostWeightBytes = size_t{1} << 40;
 // Bytes of panels that a thread takes at once: small beside a share, large beside the cost of
 // taking it.
 constexpr size_t kPieceBytes = size_t{64} << 10;
@@ -143,8 +143,12 @@ double MatMulBenchmark::MedianSeconds(Pool& pool, size_t rounds) {
 }
 
 double BenchmarkMatMul(Pool& pool, const MatMulTable& table, WeightType type, size_t n, size_t k,
-                       size_t batch, size_t rounds) {
-  return MatMulBenchmark(table, type, n, k, batch, kAllCopiesBytes).MedianSeconds(pool, rounds);
+                       size_t batch, size_t rounds, size_t weight_bytes) {
+  if (weight_bytes > kMostWeightBytes) {
+    throw UsageError("weight_bytes: at most " + std::to_string(kMostWeightBytes) + ", not " +
+                     std::to_string(weight_bytes));
+  }
+  return MatMulBenchmark(table, type, n, k, batch, weight_bytes).MedianSeconds(pool, rounds);
 }
 
 }  // namespace potluck

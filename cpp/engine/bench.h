@@ -30,8 +30,8 @@ class MatMulBenchmark {
   std::unique_ptr<State> state_;
 };
 
-// The same once, over copies that together are several times any last cache.
+// The same once. Takes weight_bytes and one matrix more. UsageError: weight_bytes above 1 TiB.
 double BenchmarkMatMul(Pool& pool, const MatMulTable& table, WeightType type, size_t n, size_t k,
-                       size_t batch, size_t rounds);
+                       size_t batch, size_t rounds, size_t weight_bytes);
 
 }  // namespace potluck
