@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from worker.bandwidth import SECONDS, VALID_SECONDS, read_bandwidth, tune_threads
+from worker.record import FILE_NAME
 
 
 class Engine:
@@ -98,7 +99,7 @@ def test_an_old_figure_and_one_from_the_future_are_measured_anew(
     now = time.time() + age
     monkeypatch.setattr(time, "time", lambda: now)
     assert read_bandwidth(Engine(2e9), 2**30, "here") == 2e9
-    assert len(json.loads((cache / "bandwidth.json").read_text())) == 1
+    assert len(json.loads((cache / FILE_NAME).read_text())) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_an_old_figure_and_one_from_the_future_are_measured_anew(
     ["", "{", "[]", "7", '{"KEY": 3}', '{"KEY": [1, 2, 3]}', '{"KEY": ["a", 0]}', "nan", "inf"],
 )
 def test_a_damaged_record_is_measured_anew(cache: Path, damage: str) -> None:
-    path = cache / "bandwidth.json"
+    path = cache / FILE_NAME
     read_bandwidth(Engine(1e9), 2**30, "here")
     (key,) = json.loads(path.read_text())
     if damage in ("nan", "inf"):
@@ -128,7 +129,7 @@ def test_a_cache_that_is_not_writable_does_not_stop_it(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_does_not_stop_it(cache: Path) -> None:
-    (cache / "bandwidth.json").symlink_to("/dev/full")
+    (cache / FILE_NAME).symlink_to("/dev/full")
     assert read_bandwidth(Engine(1e9), 2**30, "here") == 1e9
 
 
