@@ -132,7 +132,7 @@ def span_tensors(
     _check_span(config, span)
     names = [EMBEDDING] if embeds else []
     for layer in range(span.start, span.stop):
-        names += [f"blk.{layer}.{suffix}" for suffix in _layer_shapes(config)]
+        names += [f"blk.{layer}.{suffix}" for suffix in layer_shapes(config)]
     if has_head:
         names += _head_names(config)
     return [file.tensors[name] for name in dict.fromkeys(names)]
@@ -185,6 +185,28 @@ def passing_bytes(units: Sequence[int]) -> int:
     read ahead of its use.
     """
     return min(sum(units), 2 * max(units, default=0))
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name after `blk.N.` and shape of each tensor of a layer, in the order of use."""
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    head_dim = config.head_dim
+    biases = dict(zip(_QKV_BIASES, ((q_dim,), (kv_dim,), (kv_dim,)), strict=True))
+    norms = {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+    return {
+        "attn_norm.weight": (config.dim,),
+        "attn_q.weight": (q_dim, config.dim),
+        "attn_k.weight": (kv_dim, config.dim),
+        "attn_v.weight": (kv_dim, config.dim),
+        **(biases if config.qkv_bias else {}),
+        **(norms if config.qk_norm else {}),
+        "attn_output.weight": (config.dim, q_dim),
+        **({"attn_output.bias": (config.dim,)} if config.output_bias else {}),
+        "ffn_norm.weight": (config.dim,),
+        "ffn_gate.weight": (config.ffn_dim, config.dim),
+        "ffn_up.weight": (config.ffn_dim, config.dim),
+        "ffn_down.weight": (config.dim, config.ffn_dim),
+    }
 
 
 def _config(file: GgufFile, architecture: str) -> ModelConfig:
@@ -257,7 +279,7 @@ def _check_tensors(file: GgufFile, config: ModelConfig) -> None:
     _check_tensor(file, EMBEDDING, (config.vocab, config.dim))
     expected = {EMBEDDING}
     for layer in range(config.n_layers):
-        for suffix, shape in _layer_shapes(config).items():
+        for suffix, shape in layer_shapes(config).items():
             _check_tensor(file, f"blk.{layer}.{suffix}", shape)
             expected.add(f"blk.{layer}.{suffix}")
     for name in _head_names(config):
@@ -285,28 +307,6 @@ def _tensor(file: GgufFile, name: str) -> TensorInfo:
     if name not in file.tensors:
         raise file.error(f"missing {name}")
     return file.tensors[name]
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name after `blk.N.` and shape of each tensor of a layer, in the order of use."""
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    head_dim = config.head_dim
-    biases = dict(zip(_QKV_BIASES, ((q_dim,), (kv_dim,), (kv_dim,)), strict=True))
-    norms = {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
-    return {
-        "attn_norm.weight": (config.dim,),
-        "attn_q.weight": (q_dim, config.dim),
-        "attn_k.weight": (kv_dim, config.dim),
-        "attn_v.weight": (kv_dim, config.dim),
-        **(biases if config.qkv_bias else {}),
-        **(norms if config.qk_norm else {}),
-        "attn_output.weight": (config.dim, q_dim),
-        **({"attn_output.bias": (config.dim,)} if config.output_bias else {}),
-        "ffn_norm.weight": (config.dim,),
-        "ffn_gate.weight": (config.ffn_dim, config.dim),
-        "ffn_up.weight": (config.ffn_dim, config.dim),
-        "ffn_down.weight": (config.dim, config.ffn_dim),
-    }
 
 
 def _head_names(config: ModelConfig) -> list[str]:

@@ -608,7 +608,7 @@ class LayerShape(_message.Message):
     """type of the head's matrix [vocab, dim]"""
     @_builtins.property
     def matrices(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixType]:
-        """of the layer with the most bytes, in the order of use"""
+        """and vectors of the layer with the most bytes, in the order of use"""
 
     def __init__(
         self,
