@@ -21,6 +21,7 @@ from coordinator.config import Settings, Use
 from coordinator.drift import Drift
 from coordinator.figures import Figures, Traffic
 from coordinator.limits import PlanLimits
+from coordinator.links import MeasuredLinks
 from coordinator.loading import LoadOrder, Progress
 from coordinator.membership import Membership
 from coordinator.messages import Outcome, Picked
@@ -75,7 +76,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.limits = limits or {}  # what people say that workers may be used for
-        self.links = LOOPBACK  # measured ones, once there are any
+        self.links = LOOPBACK  # those of the newest plan are measured
         self.settings = settings
         self.clock = clock
         self.membership = Membership(clock, self._break)
@@ -88,6 +89,7 @@ class Engine:
         self.drift: Drift | None = None  # of the newest plan that was served
         self.pipeline: Pipeline | None = None  # while serving
         self._open_pipeline = open_pipeline
+        self._meter = MeasuredLinks(LOOPBACK)
         self._scheduler: Scheduler | None = None  # while serving
         self._answers: dict[SessionId, AnswerStream] = {}
         self._n_asked = 0
@@ -140,9 +142,15 @@ class Engine:
                     self.membership.lose(stillest, "a step is overdue and its engine stands still")
 
     async def _serve_epoch(self, workers: list[WorkerInfo]) -> None:
-        """One plan, from its making to the loss of a stage: ends by raising only."""
+        """One plan, from its making to the loss of a stage, which it raises.
+
+        Returns without one if the fleet changes while its links are measured.
+        """
         model, settings = self.model, self.settings
         self._broken.clear()
+        self.links = await self._meter.measure(workers)
+        if any(worker.id in self._broken for worker in workers):
+            return
         # In a thread: a plan of hundreds of workers takes a second, and heartbeats go on.
         self.planned, self.drift = await asyncio.to_thread(self._planned, workers), None
         plan = self.planned.plan

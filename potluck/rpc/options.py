@@ -36,6 +36,9 @@ FETCH_LEAST_BYTES = 64 * 1024
 FETCH_AWAY_SECONDS = 60.0  # without a byte from any source: the load is refused
 # Pauses before a source that did not answer is asked again; the last one repeats.
 FETCH_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+ECHO_BYTES = 1024 * 1024  # most that is echoed
+ECHO_SECONDS = 5.0  # of a link's measurement, all exchanges with one other worker
+MEASURE_LINKS_SECONDS = 30.0  # of all measurements before a plan
 ACK_SECONDS = 10.0  # a step that the next stage does not acknowledge
 STEP_FLOOR_SECONDS = 60.0  # without any result, while steps are inside
 # An engine's counter without a change, once a step is overdue. It rises at each phase; the longest

@@ -82,6 +82,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     may_pass: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: steps wait here
     loads: list[worker_pb2.LoadRequest] = field(default_factory=list)
     steps: list[worker_pb2.Step] = field(default_factory=list)
+    measure_links: Any = None  # what MeasureLinks does instead, given its context
+    asked_links: list[list[str]] = field(default_factory=list)
     kv: dict[int, dict[int, int]] = field(default_factory=dict)  # open sessions: position -> token
     address: str = ""
     instance: int = 0
@@ -162,6 +164,21 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         await self.may_load.wait()
         ready = worker_pb2.LoadedShard(epoch=request.epoch, span=request.span, shard_bytes=1234)
         yield worker_pb2.LoadProgress(done_bytes=100, total_bytes=100, ready=ready)
+
+    async def Echo(self, request: worker_pb2.EchoRequest, context: Any) -> Any:
+        if self.is_old:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return worker_pb2.EchoReply(size_bytes=len(request.payload))
+
+    async def MeasureLinks(self, request: worker_pb2.MeasureLinksRequest, context: Any) -> Any:
+        self.asked_links.append([target.worker for target in request.targets])
+        if self.measure_links is not None:
+            return await self.measure_links(context)
+        links = [
+            worker_pb2.MeasuredLink(worker=t.worker, rtt_seconds=0.001, bytes_per_second=1e8)
+            for t in request.targets
+        ]
+        return worker_pb2.MeasureLinksReply(links=links)
 
     async def Describe(self, request: worker_pb2.DescribeRequest, context: Any) -> Any:
         return worker_pb2.DescribeReply(worker=self.name)

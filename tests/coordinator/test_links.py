@@ -68,6 +68,9 @@ class _Unloadable:
     def __init__(self, channel: Any) -> None:
         pass
 
+    async def Echo(self, request: Any) -> None:
+        raise errors.Unreachable("not today")
+
     def Load(self, request: Any) -> Cancelled:
         return Cancelled()
 
