@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 from coordinator import messages
@@ -10,7 +11,10 @@ from coordinator.pipeline import Pipeline
 from potluck.plan import WorkerId
 from potluck.rpc import options
 from potluck.rpc.hello import check_hello, hello
+from potluck.rpc.measured import layer_shape_message
 from potluck.rpc.v1 import cluster_pb2, cluster_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 class Cluster(cluster_pb2_grpc.ClusterServicer):
@@ -28,6 +32,7 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
             hello=hello(),
             fleet_address=self._engine.fleet_address,
             model=self._engine.model.name,
+            shape=layer_shape_message(self._engine.model.layer_shape),
         )
 
 
@@ -42,9 +47,10 @@ class Fleet(cluster_pb2_grpc.FleetServicer):
     ) -> cluster_pb2.RegisterReply:
         """A worker that is ready to be planned."""
         check_hello(request.hello, f"worker {request.worker}".rstrip(), "coordinator")
-        worker = self._engine.membership.register(
-            request.worker, messages.worker_info(request), request.instance
-        )
+        info = messages.worker_info(request, self._engine.model.layer_shape.layer_bytes)
+        worker = self._engine.membership.register(request.worker, info, request.instance)
+        if request.resources.HasField("layer_times") and info.times is None:
+            log.warning("worker %s timed other layers than it was asked for: not taken", worker)
         return cluster_pb2.RegisterReply(
             worker=worker,
             heartbeat_seconds=options.HEARTBEAT_SECONDS,

@@ -9,8 +9,9 @@ from coordinator.fleet import Heartbeat, LinkFigures, LoadNews, WorkerState
 from coordinator.scheduler import Batch, BatchRows, Room
 from coordinator.session import SessionId
 from potluck import sampling
-from potluck.errors import PotluckError, UsageError
-from potluck.plan import WorkerId, WorkerInfo
+from potluck.errors import PlanError, PotluckError, UsageError
+from potluck.plan import LayerTimes, WorkerId, WorkerInfo
+from potluck.rpc.measured import disk_of, layer_times_of, rate_of
 from potluck.rpc.status import error_of_failure
 from potluck.rpc.v1 import cluster_pb2, types_pb2, worker_pb2
 
@@ -22,6 +23,9 @@ BREAKING = frozenset(
         types_pb2.FAILURE_CODE_NOT_LOADED,
     }
 )
+
+
+_MOST_TIMED_ROWS = 64  # that a worker says times for; ours time 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,12 @@ def outcome_of(result: cluster_pb2.StepResult) -> Outcome:
     return Outcome(result.step, picks, failures, timings, breaking)
 
 
-def worker_info(request: cluster_pb2.RegisterRequest) -> WorkerInfo:
-    """What a worker says of itself; its id is given later. Raises UsageError for no address."""
+def worker_info(request: cluster_pb2.RegisterRequest, layer_bytes: int) -> WorkerInfo:
+    """What a worker says of itself; its id is given later. Raises UsageError for no address.
+
+    Figures that can't be true are not taken, as if nothing had been measured: so is what it says of
+    layers that are not of `layer_bytes`, the one that it was asked to time.
+    """
     host, colon, port = request.address.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise UsageError(f"worker address {request.address!r} is not host:port")
@@ -111,10 +119,21 @@ def worker_info(request: cluster_pb2.RegisterRequest) -> WorkerInfo:
         threads=r.threads,
         memory_bytes=r.memory_bytes,
         memory_free_bytes=r.memory_free_bytes,
-        read_bytes_per_second=max(0.0, r.read_bytes_per_second),
+        read_bytes_per_second=rate_of(r.read_bytes_per_second),
         machine=r.machine,
         room_bytes=r.room_bytes if r.HasField("room_bytes") else None,
+        times=_times(r.layer_times, layer_bytes) if r.HasField("layer_times") else None,
+        disk=disk_of(r.disk) if r.HasField("disk") else None,
     )
+
+
+def _times(message: types_pb2.LayerTimes, layer_bytes: int) -> LayerTimes | None:
+    if message.layer_bytes != layer_bytes or len(message.rows) > _MOST_TIMED_ROWS:
+        return None
+    try:
+        return layer_times_of(message)
+    except PlanError:
+        return None
 
 
 def heartbeat_of(request: cluster_pb2.HeartbeatRequest) -> Heartbeat:

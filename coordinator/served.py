@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from coordinator.config import DEFAULT_CONTEXT_TOKENS, ROWS_LIMIT
 from coordinator.planner import ModelSizes, sizes_of
 from coordinator.scheduler import rows_that_fit
-from potluck import catalogue, tokenizer
+from potluck import catalogue, layer_shape, tokenizer
 from potluck.errors import UsageError
 from potluck.gguf import GgufFile
+from potluck.layer_shape import LayerShape
 from potluck.manifest import Manifest
 from potluck.model import KvType, ModelConfig, config_of
 from potluck.plan import WorkerId, WorkerInfo
@@ -45,6 +46,7 @@ class ServedModel:
     tokenizer: Tokenizer
     context_tokens: int  # of this service
     step_tokens: int  # most rows of a step: the limit, and what a message holds
+    layer_shape: LayerShape  # that workers are to time
     file: GgufFile = field(repr=False)
     manifest: Manifest | None = None  # of its file; None: a synthetic model has none
 
@@ -99,6 +101,7 @@ def open_model(
         tokenizer=tokenizer.load(file),
         context_tokens=shape.context_tokens,
         step_tokens=shape.step_tokens,
+        layer_shape=layer_shape.shape_of(file, shape.config),
         file=file,
         manifest=manifest,
     )

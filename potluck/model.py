@@ -166,7 +166,7 @@ def kv_bytes_per_token(config: ModelConfig, span: Span, kv_type: KvType = KvType
 
 def layer_macs(config: ModelConfig) -> int:
     """Multiply-adds of one row in the matrices of one layer; LLaMA-65B: 809,500,672."""
-    shapes = _layer_shapes(config).values()
+    shapes = layer_shapes(config).values()
     return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
 
 

@@ -9,9 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from potluck.errors import PotluckError, UsageError
 from worker.config import Settings, settings_of
+
+if TYPE_CHECKING:
+    from potluck.engine import Engine
+    from worker.probe import Machine, Memory
 
 PROGRAM = "potluck-worker"
 _INTERRUPTED = 130
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
     )
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(describe(settings) if settings.describe else serve(settings))
     except* PotluckError as failed:
         error = _first(failed)
     return 0 if error is None else _explain(error, code=1)
@@ -42,11 +47,8 @@ async def serve(settings: Settings) -> None:
     """Measures the machine, opens the door, joins, and works until told to stop."""
     # Only now: a wrong command line is answered without the engine, which may not be built.
     from potluck import catalogue, packs
-    from potluck.engine import Engine
     from potluck.tensor_store import TensorStore
-    from worker.bandwidth import tune_threads
     from worker.membership import Membership
-    from worker.probe import Memory, machine_of
     from worker.server import Worker, open_door
 
     told = asyncio.Event()
@@ -56,12 +58,7 @@ async def serve(settings: Settings) -> None:
         folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes)
     store = TensorStore(catalogue.tensors_folder(), settings.tensor_space_bytes)
     await asyncio.to_thread(store.sweep)
-    memory = Memory(settings.memory_bytes, maps_weights=folder is not None)
-    engine = await asyncio.to_thread(Engine, settings.threads, settings.isa, settings.pinned)
-    free_bytes = memory.now().room_bytes
-    if settings.threads == 0:
-        await asyncio.to_thread(tune_threads, engine, free_bytes)
-    machine = await asyncio.to_thread(machine_of, engine, free_bytes)
+    engine, machine, memory = await asyncio.to_thread(_measured, settings)
     async with asyncio.TaskGroup() as tasks:
         worker = Worker(engine, machine, memory, tasks, folder, store)
         try:
@@ -81,6 +78,30 @@ async def serve(settings: Settings) -> None:
                 await membership.leave()
         finally:
             await worker.close()
+
+
+async def describe(settings: Settings) -> None:
+    """Prints what this machine offers for a model."""
+    from worker.description import description_of, shape_to_describe
+
+    shape = await asyncio.to_thread(shape_to_describe, settings.describe)
+    measured = await asyncio.to_thread(_measured, settings)
+    said = await asyncio.to_thread(description_of, settings, shape, *measured)
+    print(json.dumps(said), flush=True)  # noqa: T201  the one line on stdout
+
+
+def _measured(settings: Settings) -> tuple[Engine, Machine, Memory]:
+    """The engine and the machine that it runs on, in a second or two."""
+    from potluck.engine import Engine
+    from worker.bandwidth import tune_threads
+    from worker.probe import Memory, machine_of
+
+    memory = Memory(settings.memory_bytes, maps_weights=settings.weights == "mmap")
+    engine = Engine(settings.threads, settings.isa, settings.pinned)
+    free_bytes = memory.now().room_bytes
+    if settings.threads == 0:
+        tune_threads(engine, free_bytes)
+    return engine, machine_of(engine, free_bytes), memory
 
 
 def _announce(name: str, address: str) -> None:

@@ -22,7 +22,7 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 class Settings:
     """The command line. Raises UsageError, naming the option and its range."""
 
-    coordinator: str  # host:port of its public port
+    coordinator: str  # host:port of its public port; empty if it describes
     token: str = ""
     name: str = ""  # wished id; empty: the coordinator gives one
     host: str = DEFAULT_HOST
@@ -35,10 +35,12 @@ class Settings:
     pack_space_bytes: int | None = None  # of weights on disk; None: what the disk has
     tensor_space_bytes: int | None = None  # of delivered tensors; None: what the disk has
     stop_with_stdin: bool = False
+    describe: str = ""  # a MODEL: print what this machine offers for it, and end
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        check_loopback("--coordinator", address_of(self.coordinator)[0])
+        if self.coordinator or not self.describe:
+            check_loopback("--coordinator", address_of(self.coordinator)[0])
         check_loopback("--host", self.host)
         if self.name and not _ID.fullmatch(self.name):
             raise UsageError(f"--name: 1 to 32 of a-z, 0-9 and -, not {self.name!r}")
@@ -61,7 +63,14 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         description="Holds layers of a model for a coordinator. `potluck join` starts it for you.",
     )
     add = parser.add_argument
-    add("--coordinator", required=True, metavar="HOST:PORT", help="what `potluck serve` printed")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--coordinator", metavar="HOST:PORT", help="what `potluck serve` printed")
+    task.add_argument(
+        "--describe",
+        default="",
+        metavar="MODEL",
+        help="join nobody: measure this machine for a model, print one JSON object, and end",
+    )
     add("--token", default="", metavar="T", help="join token; not needed on loopback")
     add("--name", default="", metavar="ID", help="a name for people; empty: any")
     add("--host", default=DEFAULT_HOST, help="address to listen on (loopback only)")
@@ -104,7 +113,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     add("--version", action="version", version=version)
     given = parser.parse_args(arguments)
     return Settings(
-        coordinator=given.coordinator,
+        coordinator=given.coordinator or "",
         token=given.token,
         name=given.name,
         host=given.host,
@@ -117,6 +126,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
         pack_space_bytes=given.pack_space,
         tensor_space_bytes=given.tensor_space,
         stop_with_stdin=given.stop_with_stdin,
+        describe=given.describe,
         log_level=given.log_level,
     )
 

@@ -1,4 +1,5 @@
-"""How a worker becomes known to the coordinator and stays so: join, register, heartbeats, leave.
+"""How a worker becomes known to the coordinator and stays so: join, probe, register, heartbeats,
+leave.
 
 While the coordinator is away it tries again with growing pauses and keeps its shard; after a minute
 it frees its sessions, which nobody will continue. It decides nothing: what the coordinator says
@@ -48,6 +49,9 @@ class Member(Protocol):
 
     name: str
 
+    async def probe(self, shape: types_pb2.LayerShape) -> None:
+        """Times a layer of the coordinator's model."""
+
     async def resources(self) -> types_pb2.Resources:
         """What it offers."""
 
@@ -94,7 +98,10 @@ class Membership:
             while True:
                 heard_at = self._heard_at
                 try:
-                    self._fleet_address = await self._join()
+                    joined = await self._join()
+                    self._fleet_address = joined.fleet_address
+                    if joined.HasField("shape"):  # an older coordinator asks for nothing
+                        await self._member.probe(joined.shape)
                     async with _dialled(self._fleet_address) as channel:
                         await self._stay(cluster_pb2_grpc.FleetStub(channel))
                 except Unreachable as e:
@@ -116,18 +123,20 @@ class Membership:
             except (Unreachable, grpc.aio.AioRpcError) as e:
                 log.info("the coordinator did not hear us leave: %s", e)
 
-    async def _join(self) -> str:
-        """Where the fleet port is. Raises Unreachable, or what the coordinator refuses us with."""
+    async def _join(self) -> cluster_pb2.JoinReply:
+        """Where the fleet port is, and what is to be measured before we go there.
+
+        Raises Unreachable, or what the coordinator refuses us with.
+        """
         request = cluster_pb2.JoinRequest(hello=hello(), token=self._token)
         async with _dialled(self._coordinator) as channel:
             call = cluster_pb2_grpc.ClusterStub(channel).Join(
                 request, timeout=options.REGISTER_SECONDS
             )
             try:
-                reply = cast("cluster_pb2.JoinReply", await _answer(call))
+                return cast("cluster_pb2.JoinReply", await _answer(call))
             except grpc.aio.AioRpcError as e:
                 raise status.error_of(e.code(), e.details() or "", self._coordinator) from e
-        return reply.fleet_address
 
     async def _stay(self, fleet: cluster_pb2_grpc.FleetAsyncStub) -> None:
         """Registers and beats. Raises Unreachable when some heartbeats were not answered."""

@@ -1,4 +1,4 @@
-"""What this machine offers: cores, memory, kernels, read bandwidth.
+"""What this machine offers: cores, memory, kernels, read bandwidth, disk.
 
 Reads /proc and the cgroup files and keeps no state. Memory is the least of what the system can give
 without swapping, what the cgroup has left and what the person allowed. Linux.
@@ -6,13 +6,18 @@ without swapping, what the cgroup has left and what the person allowed. Linux.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from potluck.plan import DiskFigures, LayerTimes
+from potluck.rpc.measured import disk_message, layer_times_message
+from potluck.rpc.v1 import types_pb2
 from worker.bandwidth import Engine, read_bandwidth
+from worker.disk import disk_figures, with_free_now
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class Machine:
     threads: int
     isa: str
     read_bytes_per_second: float
+    cpu_quota: float | None = None  # CPUs that the cgroup gives; None: no limit
+    disk: DiskFigures | None = None  # None: nobody looked
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +120,43 @@ def machine_of(engine: Engine, free_bytes: int, root: Path = Path("/")) -> Machi
         threads=engine.threads,
         isa=engine.isa,
         read_bytes_per_second=read_bandwidth(engine, free_bytes, name),
+        cpu_quota=cpu_quota(root),
+        disk=disk_figures(name),
+    )
+
+
+def resources(machine: Machine, now: MemoryNow, times: LayerTimes | None) -> types_pb2.Resources:
+    """What this worker tells its coordinator, but for `room_bytes`."""
+    return types_pb2.Resources(
+        machine=machine.name,
+        platform=machine.platform,
+        cores=machine.cores,
+        threads=machine.threads,
+        isa=machine.isa,
+        memory_bytes=now.total_bytes,
+        memory_free_bytes=now.free_bytes,
+        read_bytes_per_second=machine.read_bytes_per_second,
+        layer_times=layer_times_message(times) if times else None,
+        disk=disk_message(with_free_now(machine.disk)) if machine.disk else None,
     )
 
 
 def cores(root: Path = Path("/")) -> int:
     """CPUs that affinity and the cgroup's quota allow; a part of one counts as one."""
     count = len(os.sched_getaffinity(0))
-    for folder in cgroup_folders(root, "cpu"):
-        for quota in (_quota_v2(folder), _quota_v1(folder)):
-            if quota is not None:
-                count = min(count, max(1, -int(-quota // 1)))
-    return count
+    quota = cpu_quota(root)
+    return count if quota is None else min(count, max(1, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs that the cgroups around this process give it, 0.5 for half a one; None: no limit."""
+    quotas = (
+        quota
+        for folder in cgroup_folders(root, "cpu")
+        for quota in (_quota_v2(folder), _quota_v1(folder))
+        if quota is not None
+    )
+    return min(quotas, default=None)
 
 
 def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:

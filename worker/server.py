@@ -22,8 +22,10 @@ import grpc.aio
 from potluck import catalogue, engine
 from potluck.errors import Cancelled, DamagedTensor, PotluckError, StepError
 from potluck.packs import PackFolder
+from potluck.plan import LayerTimes
 from potluck.rpc import options, status
 from potluck.rpc.hello import check_hello, hello
+from potluck.rpc.measured import layer_shape_of
 from potluck.rpc.v1 import (
     cluster_pb2,
     types_pb2,
@@ -35,10 +37,13 @@ from potluck.tensor_store import TensorStore
 from worker.ack_stream import AckStream
 from worker.delivery import Delivery
 from worker.engine_thread import EngineThread
+from worker.exchange import Exchanges
 from worker.kv import KvBudget
+from worker.layer_times import Conditions, layer_times
 from worker.link import Link
 from worker.orders import order_of
 from worker.probe import Machine, Memory
+from worker.probe import resources as resources_of
 from worker.sessions import Sessions, StageLimits
 from worker.shard import Order, Shard
 from worker.stage import Stage
@@ -53,7 +58,7 @@ DAMAGED_TRIES = 3  # loads of which a delivered tensor was damaged on the disk
 UNUSED_SECONDS = 5.0  # an epoch without a step, after which sessions of the one before are freed
 
 
-class Worker(worker_pb2_grpc.WorkerServicer):
+class Worker(Exchanges):
     """One worker: an engine, at most one stage, and the streams of the stage before it.
 
     `name` is the id that the coordinator gave, empty before. `tasks` outlives every stage. Without
@@ -83,6 +88,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._thread = EngineThread()
         self._stage: Stage | None = None
         self._model: types_pb2.ModelReference | None = None
+        self._times: LayerTimes | None = None  # of the layer that the coordinator asked for
         self._fence = 0  # newest epoch that a coordinator gave us
         # The stage that a newer epoch has no steps for, and since when.
         self._fenced: tuple[Stage, float] | None = None
@@ -154,21 +160,29 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """The engine's counter."""
         return self._stage.shard.progress if self._stage else 0
 
+    async def probe(self, shape: types_pb2.LayerShape) -> None:
+        """Times the coordinator's layers, some seconds once a day. What can't be timed is not."""
+        self._times = None
+        try:
+            layer = layer_shape_of(shape)
+            memory = await asyncio.to_thread(self.memory.now)
+            conditions = Conditions(
+                self.machine.name,
+                memory.room_bytes,
+                self.machine.cpu_quota,
+                lambda: self._is_closing,
+            )
+            self._times = await self._thread.run(layer_times, self._engine, layer, conditions)
+        except (PotluckError, MemoryError) as e:
+            log.info("the coordinator's layers are not timed: %s", e)
+
     async def resources(self) -> types_pb2.Resources:
         """What a shard and its KV may take: what is free, and what this one's shard would free."""
         held = self._stage.shard.shard_bytes if self._stage else 0
         mapped = self._stage.shard.mapped_bytes if self._stage else 0
         memory = await asyncio.to_thread(self.memory.now, mapped)
-        resources = types_pb2.Resources(
-            machine=self.machine.name,
-            platform=self.machine.platform,
-            cores=self.machine.cores,
-            threads=self.machine.threads,
-            isa=self.machine.isa,
-            memory_bytes=memory.total_bytes,
-            memory_free_bytes=memory.free_bytes + held,
-            read_bytes_per_second=self.machine.read_bytes_per_second,
-        )
+        resources = resources_of(self.machine, memory, self._times)
+        resources.memory_free_bytes += held
         if self._packs is not None:
             resources.room_bytes = memory.room_bytes + held - mapped
         return resources

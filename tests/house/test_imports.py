@@ -30,11 +30,13 @@ DECISIONS = [
 ]
 MAY_IMPORT_GRPC = {
     "potluck/client.py",
+    "coordinator/links.py",
     "coordinator/loading.py",
     "coordinator/pipeline.py",
     "coordinator/grpc_server.py",
     "coordinator/__main__.py",
     "worker/server.py",
+    "worker/exchange.py",
     "worker/link.py",
     "worker/membership.py",
     "worker/ack_stream.py",

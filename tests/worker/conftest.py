@@ -39,9 +39,10 @@ class Fleet(cluster_pb2_grpc.FleetServicer, cluster_pb2_grpc.ClusterServicer):
         self.left: list[str] = []
         self.known: set[int] = set()  # instances
         self.refuses = grpc.StatusCode.OK  # what Register answers
+        self.shape: types_pb2.LayerShape | None = None  # what is to be timed
 
     async def Join(self, request: Any, context: Any) -> Any:
-        return cluster_pb2.JoinReply(fleet_address=self.address, model="tiny")
+        return cluster_pb2.JoinReply(fleet_address=self.address, model="tiny", shape=self.shape)
 
     async def Register(self, request: Any, context: Any) -> Any:
         if self.refuses is not grpc.StatusCode.OK:

@@ -25,6 +25,13 @@ class Member:
         self.epochs: list[int] = []
         self.forgotten: list[bool] = []
         self.n_announced = 0
+        self.shapes: list[types_pb2.LayerShape] = []
+        self.may_probe = asyncio.Event()
+        self.may_probe.set()
+
+    async def probe(self, shape: types_pb2.LayerShape) -> None:
+        self.shapes.append(shape)
+        await self.may_probe.wait()
 
     async def resources(self) -> types_pb2.Resources:
         return types_pb2.Resources(machine="here", memory_free_bytes=5)
@@ -76,6 +83,26 @@ async def test_a_worker_registers_and_its_heart_beats(fleet: Callable[..., Any])
         assert (member.name, member.n_announced, member.forgotten) == ("pi1", 1, [])
         await m.leave()
         assert f.left == ["pi1"]
+
+
+async def test_layers_are_timed_between_join_and_register(fleet: Callable[..., Any]) -> None:
+    async with fleet() as f:
+        f.shape = types_pb2.LayerShape(dim=64)
+        async with joined(f.address) as (member, _, _):
+            member.may_probe.clear()
+            async with asyncio.timeout(10):
+                while not member.shapes:  # noqa: ASYNC110  no event says so
+                    await asyncio.sleep(0.01)
+            assert f.registered.empty()
+            member.may_probe.set()
+            await soon(f.registered.get())
+            assert [shape.dim for shape in member.shapes] == [64]
+
+
+async def test_a_coordinator_that_asks_for_no_times_gets_none(fleet: Callable[..., Any]) -> None:
+    async with fleet() as f, joined(f.address) as (member, _, _):
+        await soon(f.registered.get())
+        assert member.shapes == []
 
 
 async def test_the_coordinator_gives_a_name_to_who_has_none(fleet: Callable[..., Any]) -> None:
