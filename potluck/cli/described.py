@@ -62,6 +62,8 @@ def toml_of(table: Table) -> str:
     for key, value in table.items():
         if isinstance(value, dict):
             shown = "{ " + ", ".join(f"{k} = {v!r}" for k, v in value.items()) + " }"
+        elif isinstance(value, int):
+            shown = f"{value:_}"
         else:
             shown = f'"{value}"' if isinstance(value, str) else repr(value)
         lines.append(f"{key} = {shown}")

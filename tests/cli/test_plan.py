@@ -202,7 +202,7 @@ def test_a_machine_is_described_in_the_words_of_the_file(
     assert (program, arguments[:2]) == ("potluck-worker", ["--describe", "synthetic:65b-q4_0"])
     assert sorted(arguments[2:]) == sorted(given)
     text = capsys.readouterr().out
-    assert text.startswith('[[worker]]\nid = "anna-s-laptop"\nmemory = 12000000000\n')
+    assert text.startswith('[[worker]]\nid = "anna-s-laptop"\nmemory = 12_000_000_000\n')
     path = tmp_path / "here.toml"
     path.write_text(text, encoding="utf-8")
     (here,) = workers_of(read(path), ModelSizes((455_409_664,) * 80, 1, 2, 3, 4), 5)
