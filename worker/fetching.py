@@ -255,7 +255,12 @@ class Fetching:
         came is kept, and `thread` is through with the file.
         """
         run = self._loop.run_in_executor
-        writer = await run(thread, self._store.writer, wanted.sha256, wanted.size_bytes)
+        opening = run(thread, self._store.writer, wanted.sha256, wanted.size_bytes)
+        try:
+            writer = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unused)
+            raise
         try:
             self._set_left(wanted, wanted.size_bytes - writer.offset)
             if writer.offset < wanted.size_bytes:
@@ -324,6 +329,12 @@ class Fetching:
             self._moved_at = self._loop.time()
         self._left[wanted.sha256] = n_bytes
         self.left_bytes += n_bytes - before
+
+
+def _close_unused(opening: asyncio.Future[TensorWriter]) -> None:
+    """Of a writer that nobody waited for: its lock would bind this process for ever."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().__exit__(None, None, None)
 
 
 def _slices(tensors: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:

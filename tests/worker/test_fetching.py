@@ -7,6 +7,8 @@ import errno
 import hashlib
 import logging
 import os
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -372,6 +374,27 @@ async def test_a_disk_that_fills_up_meanwhile_is_said_and_leaves_no_whole_name(
             with pytest.raises(ModelError, match="No space left on device"):
                 await p.bring()
         assert (await p.bring()).fetched_bytes > 0  # goes on
+
+
+async def test_a_fetch_that_ends_while_it_opens_a_file_leaves_no_lock(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, opened = TensorStore.writer, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        writer = real(*arguments)
+        opened.set()
+        time.sleep(0.2)
+        return writer
+
+    async with place() as p:
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorStore, "writer", slow)
+            ended = asyncio.create_task(p.bring())
+            await until(opened.is_set)
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
+        await p.bring()
 
 
 async def test_two_workers_with_one_store_fetch_each_tensor_once(place: Any) -> None:
