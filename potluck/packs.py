@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.engine import PACK_LAYOUT, Shard, Synthetic, TensorFiles, TensorTuple, origin_of
-from potluck.errors import DamagedPack, ModelError
+from potluck.errors import DamagedPack, DamagedTensor, Full, ModelError
 from potluck.gguf import GgufFile, TensorInfo
 from potluck.model import EMBEDDING, HEAD, passing_bytes
 from potluck.tensor_store import TensorStore
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 RESERVE_BYTES = 2**30
 # A disk that returns other bytes than were written so often is not asked again.
 MOST_REPAIRS = 3
+_LASTING = "is damaged and can't be made again"
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -227,11 +228,16 @@ class MappedWeights:
                 raise ModelError(f"{path}: the disk returns other bytes than were written")
             log.warning("%s was damaged and is made again", path)
             self._unmade = self._parts[path]
-            with self._read(self._unmade) as right:
-                _take(right, len(self._unmade))
-                why = self._make(path)
+            try:
+                with self._read(self._unmade) as right:
+                    _take(right, len(self._unmade))
+                    why = self._make(path)
+            except DamagedTensor:
+                raise
+            except (ModelError, Full) as e:
+                raise ModelError(f"{path} {_LASTING}: {e.message}", remedy=e.remedy) from e
             if why:
-                raise ModelError(f"{path} is damaged and can't be made again: {why}")
+                raise ModelError(f"{path} {_LASTING}: {why}")
             self._repairs[path] += 1
 
     def _map(self, path: str) -> str:

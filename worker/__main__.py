@@ -53,10 +53,10 @@ async def serve(settings: Settings) -> None:
 
     told = asyncio.Event()
     _listen(told, stop_with_stdin=settings.stop_with_stdin)
+    store = TensorStore(catalogue.tensors_folder(), settings.tensor_space_bytes)
     folder = None
     if settings.weights == "mmap":
-        folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes)
-    store = TensorStore(catalogue.tensors_folder(), settings.tensor_space_bytes)
+        folder = packs.PackFolder(catalogue.packs_folder(), settings.pack_space_bytes, store)
     await asyncio.to_thread(store.sweep)
     engine, machine, memory = await asyncio.to_thread(_measured, settings)
     async with asyncio.TaskGroup() as tasks:

@@ -48,20 +48,24 @@ class Delivery:
         store: TensorStore,
         own_files: OwnFiles,
         stack: contextlib.AsyncExitStack,
+        *,
+        makes_packs: bool = False,
     ) -> None:
+        """makes_packs: tensors are not fetched, only named: who makes packs of them does that."""
         self._order = order
         self._request = request
         self._own_name = own_name
         self._store = store
         self._own_files = own_files
         self._stack = stack
+        self._makes_packs = makes_packs
         self._fetching: Fetching | None = None
         self._before_bytes = 0  # fetched by earlier calls of `bring`
         self._arrived: tuple[GgufFile, ModelConfig] | None = None
 
     @property
     def file(self) -> GgufFile:
-        """Its tensors of the span are here."""
+        """Its tensors of the span are here, or known by their sums."""
         return self._found[0]
 
     @property
@@ -173,7 +177,11 @@ class Delivery:
             file = await asyncio.to_thread(gguf.read_header, file.path, file.size_bytes, stored)
         config = await asyncio.to_thread(model.config_of, file)
         check(self._order, config)
-        stored |= await self._stored(fetching, self._tensors(file, config))
+        tensors = self._tensors(file, config)
+        if self._makes_packs:
+            stored |= self._paths(tensors, await fetching.sums(tensors))
+        else:
+            stored |= await self._stored(fetching, tensors)
         if fetched := fetching.fetched_bytes:
             seconds = asyncio.get_running_loop().time() - started
             parts = ", ".join(f"{n} from {name}" for name, n in fetching.by_source.most_common())
@@ -197,7 +205,10 @@ class Delivery:
     async def _stored(self, fetching: Fetching, tensors: Sequence[TensorInfo]) -> dict[str, Path]:
         """Where these lie when they are here."""
         sums = await fetching.bring(tensors)
-        return {name: self._store.path_of(sha256) for name, sha256 in sums.items()}
+        return self._paths(tensors, [sums[tensor.name] for tensor in tensors])
+
+    def _paths(self, tensors: Sequence[TensorInfo], sums: Sequence[bytes]) -> dict[str, Path]:
+        return {t.name: self._store.path_of(s) for t, s in zip(tensors, sums, strict=True)}
 
     def _tensors(self, file: GgufFile, config: ModelConfig) -> list[TensorInfo]:
         order = self._order

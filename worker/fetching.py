@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,8 +51,17 @@ class Wrong(PotluckError):
 class Fetching:
     """What one load brings. `fetched_bytes` counts what has come, right or not."""
 
-    def __init__(self, store: TensorStore, sources: Sources, stack: AsyncExitStack) -> None:
-        """Tensors that are used stay claimed in the store until `stack` is closed."""
+    def __init__(
+        self,
+        store: TensorStore,
+        sources: Sources,
+        stack: AsyncExitStack | ExitStack,
+        away_seconds: float | None = None,
+    ) -> None:
+        """Tensors that are used stay claimed in the store until `stack` is closed.
+
+        `away_seconds`: in place of FETCH_AWAY_SECONDS.
+        """
         self.fetched_bytes = 0
         self.by_source: Counter[str] = Counter()  # of `fetched_bytes`
         self.wanted_bytes = 0  # of all tensors, also those that are here
@@ -60,6 +69,7 @@ class Fetching:
         self._store = store
         self._sources = sources
         self._stack = stack
+        self._away_seconds = options.FETCH_AWAY_SECONDS if away_seconds is None else away_seconds
         self._loop = asyncio.get_running_loop()
         self._moved_at = self._loop.time()
         self._left: dict[bytes, int] = {}  # of `left_bytes`, by tensor
@@ -239,7 +249,7 @@ class Fetching:
 
     def _check_silence(self) -> None:
         silent = self._loop.time() - self._moved_at
-        if silent > options.FETCH_AWAY_SECONDS:
+        if silent > self._away_seconds:
             raise ModelError(
                 f"{self.left_bytes / 1e9:.3g} GB of weights are missing, and nothing has come for"
                 f" {silent:.0f} s from {self._sources.names}: {self._why_away}",

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 
 from potluck import catalogue, engine
-from potluck.errors import Cancelled, DamagedTensor, PotluckError, StepError
+from potluck.errors import DamagedTensor, PotluckError, StepError
 from potluck.packs import PackFolder
 from potluck.plan import LayerTimes
 from potluck.rpc import options, status
@@ -38,7 +38,9 @@ from worker.ack_stream import AckStream
 from worker.delivery import Delivery
 from worker.engine_thread import EngineThread
 from worker.exchange import Exchanges
+from worker.filling import fill
 from worker.kv import KvBudget
+from worker.late_tensors import LateTensors
 from worker.layer_times import Conditions, layer_times
 from worker.link import Link
 from worker.orders import order_of
@@ -304,6 +306,8 @@ class Worker(Exchanges):
             shard = self._stage.shard
             budget = self._budget(shard)
             await self._drop_stage()
+            if shard.late is not None:
+                shard.late.renew(request)
             self._fence = request.epoch
         else:
             made: list[Shard] = []
@@ -338,19 +342,28 @@ class Worker(Exchanges):
         damaged when it is loaded is brought anew.
         """
         async with contextlib.AsyncExitStack() as claims:
-            delivery = Delivery(order, request, self.name, self.store, self.own_files, claims)
+            late = LateTensors(request, self.name, self.store) if self._packs else None
+            delivery = Delivery(
+                order,
+                request,
+                self.name,
+                self.store,
+                self.own_files,
+                claims,
+                makes_packs=late is not None,
+            )
             for left in reversed(range(DAMAGED_TRIES)):
                 async with contextlib.aclosing(self._deliver(delivery)) as progress:
                     async for message in progress:
                         yield message
                 file, config = delivery.file, delivery.config
-                shard = Shard(self._engine, self.name, order, file, config, self._packs)
+                shard = Shard(self._engine, self.name, order, file, config, self._packs, late)
                 resident_bytes = await self._make_way(request.epoch, shard)
                 try:
                     async with contextlib.aclosing(self._fill(shard, resident_bytes)) as progress:
                         async for message in progress:
-                            message.fetched_bytes = delivery.fetched_bytes
-                            message.fetch_total_bytes = delivery.fetched_bytes
+                            message.fetched_bytes += delivery.fetched_bytes
+                            message.fetch_total_bytes += delivery.fetched_bytes
                             yield message
                 except DamagedTensor as e:
                     if not left:
@@ -387,44 +400,15 @@ class Worker(Exchanges):
     async def _fill(
         self, shard: Shard, resident_bytes: int
     ) -> AsyncGenerator[worker_pb2.LoadProgress, None]:
-        """Loads in the engine thread; stops at the next matrix or pack if nobody listens any more.
-
-        One of them may take minutes on a slow disk: meanwhile the engine's counter tells.
-        """
-        loop = asyncio.get_running_loop()
-        progress: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
-        is_given_up = False
-
-        def on_progress(done_bytes: int, matrix: str) -> None:
-            if is_given_up or self._is_closing:
-                raise Cancelled("the load was given up")
-            loop.call_soon_threadsafe(progress.put_nowait, (done_bytes, matrix))
-
         self.is_loading = True
-        loading = self._thread.run(shard.load, on_progress, resident_bytes)
-        loading.add_done_callback(lambda _: progress.put_nowait(None))
-        done_bytes, matrix, counted = 0, "", 0
+        filling = fill(shard, self._thread, resident_bytes, lambda: self._is_closing)
         try:
-            while True:
-                try:
-                    async with asyncio.timeout(options.LOAD_NEWS_SECONDS):
-                        news = await progress.get()
-                except TimeoutError:
-                    if shard.progress == counted:
-                        continue
-                else:
-                    if news is None:
-                        break
-                    done_bytes, matrix = news
-                counted = shard.progress
-                yield worker_pb2.LoadProgress(
-                    done_bytes=done_bytes, total_bytes=shard.weights_bytes, matrix=matrix
-                )
-            await loading
+            async with contextlib.aclosing(filling) as progress:
+                async for message in progress:
+                    self.is_fetching = message.fetched_bytes < message.fetch_total_bytes
+                    yield message
         finally:
-            is_given_up = True
-            self.is_loading = False
-            await asyncio.gather(loading, return_exceptions=True)
+            self.is_loading = self.is_fetching = False
 
     async def _drop_stage(self) -> Shard | None:
         """Ends the stage; its shard, without sessions, for whoever wants to keep it."""
@@ -432,6 +416,8 @@ class Worker(Exchanges):
             return None
         self._stage = self._fenced = None
         self.n_steps += stage.n_steps
+        if stage.shard.late is not None:
+            stage.shard.late.stop()
         await stage.close()
         return stage.shard
 

@@ -19,6 +19,7 @@ from potluck import catalogue, engine, model, sampling, synthetic
 from potluck.errors import (
     Cancelled,
     DamagedPack,
+    DamagedTensor,
     FrameError,
     Full,
     ModelError,
@@ -36,6 +37,7 @@ from potluck.rpc import status
 from potluck.rpc.v1 import types_pb2
 from potluck.sampling import Pick
 from potluck.wire import Hidden
+from worker.late_tensors import LateTensors
 from worker.sessions import RowsWork, StepWork
 
 log = logging.getLogger(__name__)
@@ -123,7 +125,10 @@ def check(order: Order, config: ModelConfig) -> None:
 
 
 class Shard:
-    """One span: made, loaded, run, freed, in this order. `packs` None: weights in memory only."""
+    """One span: made, loaded, run, freed, in this order. `packs` None: weights in memory only.
+
+    `late` brings delivered tensors that packs have to be made of.
+    """
 
     def __init__(
         self,
@@ -133,6 +138,7 @@ class Shard:
         file: GgufFile,
         config: ModelConfig,
         packs: PackFolder | None = None,
+        late: LateTensors | None = None,
     ) -> None:
         self.order = order
         self.config = config
@@ -148,6 +154,7 @@ class Shard:
         self.shard_bytes = 0  # of packed weights
         self.mapped_bytes = 0  # of these, on disk
         self.kv_bytes = 0  # budget, in whole pages
+        self.late = late
         self._packs = packs
         self._mapped: MappedWeights | None = None
         self._shard: engine.Shard | None = None
@@ -201,8 +208,7 @@ class Shard:
         if self._packs is None:
             self._read(shard, on_progress)
         else:
-            self._mapped = MappedWeights(shard, self.file, self.tensors, self._packs)
-            self._mapped.load(on_progress, resident_bytes)
+            self._map(shard, self._packs, on_progress, resident_bytes)
             if shard.n_streamed:
                 log.info("%d layers do not fit and are read in every step", shard.n_streamed)
         self.shard_bytes, self.kv_bytes = shard.shard_bytes, shard.kv_bytes
@@ -213,6 +219,25 @@ class Shard:
         engine.load(
             shard, self.file, self.tensors, lambda done: on_progress(done, next(tensors).name)
         )
+
+    def _map(
+        self,
+        shard: engine.Shard,
+        packs: PackFolder,
+        on_progress: Callable[[int, str], None],
+        resident_bytes: int,
+    ) -> None:
+        late = self.late
+        if late is None or self.file.stored is None:
+            self._mapped = MappedWeights(shard, self.file, self.tensors, packs)
+            self._mapped.load(on_progress, resident_bytes)
+            return
+        self._mapped = MappedWeights(shard, self.file, self.tensors, packs, late.bring)
+        try:
+            self._mapped.load(on_progress, resident_bytes)
+            late.end_loading()
+        finally:
+            late.release()
 
     def run(
         self,
@@ -258,11 +283,18 @@ class Shard:
         """Makes damaged packs again; the rows to run then, which are none if that fails."""
         assert self._mapped is not None, "only mapped weights are in packs"
         try:
-            self._mapped.repair()
-        except ModelError as e:
+            try:
+                self._mapped.repair()
+            except DamagedTensor as e:  # it is gone, and fetched now if anybody has it
+                log.warning("%s", e.message)
+                self._mapped.repair()
+        except PotluckError as e:
             log.warning("%s", e.message)
             output.failures.append(self._failure(0, e))
             return []
+        finally:
+            if self.late is not None:
+                self.late.release()
         return rows
 
     def close(self, sessions: list[int]) -> None:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def span_bytes(path: Path, start: int, stop: int) -> int:
             opened.seek(tensor.offset_bytes)
             found[opened.read(tensor.size_bytes)] = tensor.size_bytes
     return sum(found.values())
+
+
+def layer_bytes(path: Path, layers: Collection[int]) -> int:
+    """Of these layers' tensors."""
+    found = [t for t in gguf.read(path).tensors.values() if t.name.startswith("blk.")]
+    return sum(t.size_bytes for t in found if int(t.name.split(".")[1]) in layers)
 
 
 @dataclass
@@ -296,6 +302,25 @@ def test_only_a_damaged_tensor_is_fetched_again(machines: Machine, small: Path) 
     away.stop("w1")
     away.start_worker("w1")
     assert away.fetched()["w1"] == len(data)
+    assert away.bits() == before
+
+
+def test_a_worker_whose_packs_are_there_needs_no_tensors(machines: Machine, small: Path) -> None:
+    away = machines(small)
+    away.start_worker("w1", "--weights", "mmap")
+    assert away.fetched() == {"w1": span_bytes(small, 0, SMALL.n_layers)}
+    before = away.bits()
+    away.stop("w1")
+    away.store("w1").remove()
+    away.start_worker("w1", "--weights", "mmap")
+    assert away.fetched() == {"w1": 0}
+    assert away.bits() == before
+    assert away.store("w1").total_bytes() == gguf.read(small).data_offset_bytes
+    away.stop("w1")
+    (pack,) = (away.folder / "w1" / "packs").rglob("layer-2.*.pack")
+    pack.unlink()
+    away.start_worker("w1", "--weights", "mmap")
+    assert away.fetched() == {"w1": layer_bytes(small, {2})}
     assert away.bits() == before
 
 
