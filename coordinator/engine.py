@@ -111,6 +111,7 @@ class Engine:
         """
         while True:
             workers = await self.membership.enough(self._n_needed)
+            n_changes = self.membership.n_changes  # who comes while a plan is made is in the next
             if self.settings.use is Use.BEST:  # the others are candidates too
                 workers = self.membership.steady(self._n_needed)
             try:
@@ -122,7 +123,7 @@ class Engine:
                     raise
                 self._missing = impossible.message
                 log.error("%s", impossible.message)
-                await self.membership.change()
+                await self.membership.change(n_changes)
 
     @property
     def plan(self) -> Plan | None:
@@ -151,8 +152,7 @@ class Engine:
         self.links = await self._meter.measure(workers)
         if any(worker.id in self._broken for worker in workers):
             return
-        # In a thread: a plan of hundreds of workers takes a second, and heartbeats go on.
-        self.planned, self.drift = await asyncio.to_thread(self._planned, workers), None
+        self.planned, self.drift = await self._make_plan(workers), None
         plan = self.planned.plan
         order = LoadOrder(
             epoch=self.epoch,
@@ -182,6 +182,20 @@ class Engine:
             self.pipeline, self._scheduler = None, None
             self.epoch += 1  # the fence: what is left of this epoch is stale from now on
             self._set_state(ServiceState.UNSERVED if self._has_served else ServiceState.WAITING)
+
+    async def _make_plan(self, workers: Sequence[WorkerInfo]) -> Planned:
+        """Of these, or of all if they can't do it: who was lost before is better than no service.
+
+        In a thread: a plan of hundreds of workers takes a second, and heartbeats go on. Raises
+        PlanError.
+        """
+        try:
+            return await asyncio.to_thread(self._planned, workers)
+        except PlanError:
+            everyone = self.membership.fleet.usable()
+            if self.settings.use is not Use.BEST or len(everyone) <= len(workers):
+                raise
+            return await asyncio.to_thread(self._planned, everyone)
 
     def _planned(self, workers: Sequence[WorkerInfo]) -> Planned:
         """The best plan of these workers. Raises PlanError."""

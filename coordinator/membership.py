@@ -29,6 +29,7 @@ class Membership:
         self.fleet = Fleet()
         self._clock = clock
         self._on_break = on_break
+        self.n_changes = 0  # workers that came or went, since start
         self._changed = asyncio.Event()
         self._swept_at = clock()
         self._awake_since = self._swept_at
@@ -41,7 +42,7 @@ class Membership:
             for gone in self.fleet.displaced(worker):
                 self.lose(gone, f"worker {worker} has its address now, {info.address}")
             self._on_break(worker, "it started again")
-            self._changed.set()
+            self._note_change()
         return worker
 
     def hear(self, worker: WorkerId, instance: int, heartbeat: Heartbeat) -> None:
@@ -57,14 +58,14 @@ class Membership:
         if self.fleet.leave(worker, instance):
             log.info("worker %s left", worker)
             self._on_break(worker, "it has left")
-            self._changed.set()
+            self._note_change()
 
     def lose(self, worker: WorkerId, why: str) -> None:
         """Declares a worker lost; it has to register again."""
         log.warning("worker %s is lost: %s", worker, why)
         self.fleet.lose(worker, why)
         self._on_break(worker, why)
-        self._changed.set()
+        self._note_change()
 
     def sweep(self) -> None:
         """Declares those lost whose heartbeats stopped. Call it once a heartbeat's interval."""
@@ -87,7 +88,13 @@ class Membership:
         """All that a plan may choose from when `n_workers` are enough."""
         return self.fleet.steady(n_workers)
 
-    async def change(self) -> None:
-        """Returns when a worker has come or gone."""
-        self._changed.clear()
-        await self._changed.wait()
+    async def change(self, seen: int | None = None) -> None:
+        """Returns when a worker has come or gone, since `n_changes` was `seen` or from now on."""
+        seen = self.n_changes if seen is None else seen
+        while self.n_changes == seen:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _note_change(self) -> None:
+        self.n_changes += 1
+        self._changed.set()

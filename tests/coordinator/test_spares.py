@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from coordinator import planner
 from coordinator.config import Use
 from coordinator.limits import WorkerLimits
+from coordinator.planner import Planned
 from coordinator.report import status_of
+from potluck.errors import PlanError
 from potluck.plan import WorkerId
 from potluck.replies import AnswerOptions
 from potluck.rpc.messages import service_of
@@ -96,3 +100,41 @@ async def test_what_was_measured_is_compared_after_a_hundred_steps(
     (line,) = (await service.client.status()).forecast.advice[-1:]  # type: ignore[union-attr]  # it serves
     assert line.startswith("w1 is ")
     assert "slower than predicted (1.0 ms a step" in line
+
+
+async def test_who_was_lost_is_taken_again_if_the_steady_ones_can_not_do_it(
+    start_service: StartService, fake: SimpleNamespace
+) -> None:
+    """Two hold the model, the third only a layer: it is steady, and no help."""
+    most = {"w1": 3, "w2": 3, "w3": 1}
+    limits = {WorkerId(id): WorkerLimits(None, (0, n)) for id, n in most.items()}
+    service = await start_service(3, settings=BEST, limits=limits)
+    epoch = service.engine.epoch
+    assert service.engine.spares() == ["w3"]
+    service.engine.membership.lose(WorkerId("w2"), "its cable")  # and it registers again
+    await fake.until(lambda: service.engine.epoch > epoch, "the end of the epoch")
+    await service.serving()
+    assert service.engine.spares() == ["w3"]
+
+
+async def test_who_comes_while_a_plan_is_made_that_fails_is_in_the_next_one(
+    start_service: StartService, fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await start_service(2, settings=BEST)
+    is_here, is_asked = threading.Event(), threading.Event()
+    real = planner.plan
+
+    def plan(*args: Any, **others: Any) -> Planned:
+        if not is_asked.is_set():
+            is_asked.set()
+            is_here.wait(10)
+            raise PlanError("too little")
+        return real(*args, **others)
+
+    monkeypatch.setattr(planner, "plan", plan)
+    await service.workers[0].die()
+    await fake.until(is_asked.is_set, "a plan")
+    late = await service.add("late")
+    await late.registered.wait()
+    is_here.set()
+    await service.serving()
