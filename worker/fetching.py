@@ -68,7 +68,9 @@ class Fetching:
         self.left_bytes = 0  # that still have to come
         self._store = store
         self._sources = sources
-        self._stack = stack
+        self._claim = ExitStack()  # of `_claimed`; one file, however many they become
+        self._claimed: set[bytes] = set()
+        stack.callback(lambda: self._claim.close())
         self._away_seconds = options.FETCH_AWAY_SECONDS if away_seconds is None else away_seconds
         self._loop = asyncio.get_running_loop()
         self._moved_at = self._loop.time()
@@ -141,9 +143,7 @@ class Fetching:
         for some in _slices(tensors):
             found = await self.sums(some)
             sums.update(zip((t.name for t in some), found, strict=True))
-            claim = self._store.claimed(found)
-            await asyncio.to_thread(claim.__enter__)
-            self._stack.push(claim)
+            await self._claim_too(found)
             missing = await asyncio.to_thread(self._missing, some, found)
             if missing:
                 await self._sources.find([wanted.sha256 for wanted in missing])
@@ -158,12 +158,23 @@ class Fetching:
                 coming.put_nowait(wanted)
         coming.put_nowait(None)
 
+    async def _claim_too(self, sums: Sequence[bytes]) -> None:
+        """The new claim, of all, is there before the old one goes."""
+        self._claimed.update(sums)
+        claim = ExitStack()
+        await asyncio.to_thread(claim.enter_context, self._store.claimed(self._claimed))
+        before, self._claim = self._claim, claim
+        before.close()
+
     async def _take(self, coming: asyncio.Queue[Wanted | None]) -> None:
         """One stream: tensor after tensor."""
-        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as thread:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        try:
             while (wanted := await coming.get()) is not None:
                 await self._bring(wanted, thread)
             coming.put_nowait(None)  # for the others
+        finally:  # it may be hashing what an earlier start has left; the loop does not wait for it
+            await asyncio.shield(asyncio.to_thread(thread.shutdown))
 
     def _missing(self, tensors: Sequence[TensorInfo], sums: Sequence[bytes]) -> list[Wanted]:
         """What is not in the store, each sum once; notes how much of it is left."""
@@ -221,7 +232,8 @@ class Fetching:
                 source.n_wrong += senders == {source.name}
                 by = ", ".join(sorted(senders))
                 log.warning("tensor %s from %s: %s", wanted.name, by, e.message)
-                if n_wrong >= WRONG_TRIES and blamed[self._sources.coordinator.name]:
+                # Once may be for what others had sent of it before.
+                if n_wrong >= WRONG_TRIES and blamed[self._sources.coordinator.name] > 1:
                     raise DamagedTensor(
                         f"tensor {wanted.name} came wrong {n_wrong} times, from"
                         f" {', '.join(sorted(blamed))}: {e.message}",

@@ -423,3 +423,57 @@ async def test_a_header_is_compared_with_what_was_announced(place: Any) -> None:
             wrong += [header + b"more", header[:-1], b""]
             with pytest.raises(DamagedTensor, match="are not the header with sha256"):
                 await moving.header(p.file.size_bytes)
+
+
+async def test_a_load_given_up_while_a_tensor_is_opened_leaves_it_to_the_next(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of hundreds of megabytes is hashed then, which takes a while."""
+    real, is_opening = TensorStore.writer, threading.Event()
+
+    def slow(self: TensorStore, sha256: bytes, size_bytes: int) -> Any:
+        is_opening.set()
+        time.sleep(0.4)
+        return real(self, sha256, size_bytes)
+
+    async with place() as p:
+        (tensor,) = (t for t in p.tensors if t.name == "token_embd.weight")
+        monkeypatch.setattr(TensorStore, "writer", slow)
+        waiting = asyncio.create_task(p.bring([tensor]))
+        await until(is_opening.is_set)
+        waiting.cancel()
+        ticks = asyncio.create_task(asyncio.sleep(0.1))
+        started = asyncio.get_running_loop().time()
+        await ticks
+        assert asyncio.get_running_loop().time() - started < 0.3  # the loop goes on
+        await asyncio.gather(waiting, return_exceptions=True)
+        monkeypatch.setattr(TensorStore, "writer", real)
+        async with asyncio.timeout(1):
+            assert (await p.bring([tensor])).fetched_bytes == tensor.size_bytes
+
+
+async def test_all_that_a_load_uses_is_claimed_with_one_file(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 130 GB has a thousand slices, and a process often only as many files."""
+    monkeypatch.setattr(fetching, "SLICE_BYTES", 1)
+    async with place() as p:
+        async with open_sources(p.request, "w0") as sources:
+            moving = Fetching(p.store, sources, p.stack)
+            await moving.bring(p.tensors[:2])
+            await moving.bring(p.tensors[2:])
+            (claim,) = (p.store.root / "claims").iterdir()
+        assert {bytes.fromhex(s) for s in claim.read_text().split()} == set(p.coordinator.sums)
+        await p.stack.aclose()
+        assert not list((p.store.root / "claims").iterdir())
+
+
+async def test_two_damaged_neighbours_do_not_fail_a_load_that_the_coordinator_can_do(
+    place: Any,
+) -> None:
+    async with place() as p:
+        (tensor,) = (t for t in p.tensors if t.name == "token_embd.weight")
+        for _ in range(2):
+            liar = await p.add("ends early")
+            liar.data = bytes(b ^ 1 for b in liar.data)
+        await p.bring([tensor])
