@@ -69,7 +69,7 @@ class Fetching:
         self._store = store
         self._sources = sources
         self._claim = ExitStack()  # of `_claimed`; one file, however many they become
-        self._claimed: set[bytes] = set()
+        self._claimed = {bytes.fromhex(sources.header_sha256)}  # it is read again in the end
         stack.callback(lambda: self._claim.close())
         self._away_seconds = options.FETCH_AWAY_SECONDS if away_seconds is None else away_seconds
         self._loop = asyncio.get_running_loop()
@@ -153,7 +153,7 @@ class Fetching:
             for wanted in missing:
                 coming.put_nowait(wanted)
         if held_back:
-            await asyncio.to_thread(self._make_room, held_back, list(sums.values()))
+            await asyncio.to_thread(self._make_room, held_back)
             for wanted in held_back:
                 coming.put_nowait(wanted)
         coming.put_nowait(None)
@@ -196,9 +196,9 @@ class Fetching:
             return False
         return not store.make_room(0) and _free_bytes(store) >= n_bytes + RESERVE_BYTES
 
-    def _make_room(self, missing: Sequence[Wanted], keep: Sequence[bytes]) -> None:
+    def _make_room(self, missing: Sequence[Wanted]) -> None:
         n_bytes = sum(self._left[wanted.sha256] for wanted in missing)
-        if why := self._store.make_room(n_bytes, keep):
+        if why := self._store.make_room(n_bytes, keep=self._claimed):
             raise Full(
                 f"{len(missing)} tensors need {n_bytes / 1e9:.3g} GB in {self._store.root}: {why}",
                 remedy="free some space there, allow more by --tensor-space, or set POTLUCK_CACHE",

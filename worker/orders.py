@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from potluck import wire
 from potluck.errors import UsageError
 from potluck.model import KvType
@@ -11,6 +13,7 @@ from potluck.rpc.v1 import worker_pb2
 from worker.shard import Order
 
 DEFAULT_SESSIONS = 256
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _KV_TYPES: dict[int, KvType] = {
     worker_pb2.KV_TYPE_F16: KvType.F16,
     worker_pb2.KV_TYPE_Q8: KvType.Q8,
@@ -28,6 +31,8 @@ def order_of(request: worker_pb2.LoadRequest) -> Order:
         raise UsageError(f"kv_type {request.kv_type}: f16 or q8")
     if request.wire not in wire.TYPE_NAMES:
         raise UsageError(f"wire {request.wire}: f32, f16 or q8")
+    if request.weights_address and not _SHA256.fullmatch(request.model.header_sha256):
+        raise UsageError("model.header_sha256: 64 hexadecimal digits, by which it is fetched")
     if not request.next.address:
         raise UsageError("next.address: where results go")
     return Order(

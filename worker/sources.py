@@ -85,7 +85,7 @@ class Sources:
     def __init__(self, coordinator: Source, workers: Sequence[Source], header_sha256: str) -> None:
         self.coordinator = coordinator
         self._workers = list(workers)
-        self._header_sha256 = header_sha256
+        self.header_sha256 = header_sha256
 
     @property
     def names(self) -> str:
@@ -124,7 +124,7 @@ class Sources:
     async def digests(self, tensors: Sequence[TensorInfo]) -> list[bytes]:
         """The sums of these tensors in the coordinator's file. Raises Away, NotHere, ModelError."""
         request = weights_pb2.ManifestRequest(
-            hello=hello(), header_sha256=self._header_sha256, tensors=[t.name for t in tensors]
+            hello=hello(), header_sha256=self.header_sha256, tensors=[t.name for t in tensors]
         )
         call = self.coordinator.stub.Manifest(request)
         found: dict[str, weights_pb2.TensorDigest] = {}
@@ -141,17 +141,17 @@ class Sources:
         Raises Away, NotHere, ModelError; DamagedTensor: it is not what was announced.
         """
         source = self.coordinator
-        call = source.fetch(header_sha256=self._header_sha256)
+        call = source.fetch(header_sha256=self.header_sha256)
         data = bytearray()
         async with aclosing(messages(source, call)) as parts:
             async for part in parts:
                 data += part.data
                 if len(data) > min(size_bytes, HEADER_BYTES_LIMIT):
                     break
-        if hashlib.sha256(data).hexdigest() != self._header_sha256:
+        if hashlib.sha256(data).hexdigest() != self.header_sha256:
             raise DamagedTensor(
                 f"{source.name} at {source.address} sent {len(data):,} bytes that are not the"
-                f" header with sha256 {self._header_sha256[:12]}..."
+                f" header with sha256 {self.header_sha256[:12]}..."
             )
         return bytes(data)
 
