@@ -193,7 +193,7 @@ class Engine:
             return await asyncio.to_thread(self._planned, workers)
         except PlanError:
             everyone = self.membership.fleet.usable()
-            if self.settings.use is not Use.BEST or len(everyone) <= len(workers):
+            if len(everyone) <= len(workers):
                 raise
             return await asyncio.to_thread(self._planned, everyone)
 

@@ -102,19 +102,21 @@ async def test_what_was_measured_is_compared_after_a_hundred_steps(
     assert "slower than predicted (1.0 ms a step" in line
 
 
+@pytest.mark.parametrize("use", [Use.BEST, Use.ALL])
 async def test_who_was_lost_is_taken_again_if_the_steady_ones_can_not_do_it(
-    start_service: StartService, fake: SimpleNamespace
+    start_service: StartService, fake: SimpleNamespace, use: Use
 ) -> None:
     """Two hold the model, the third only a layer: it is steady, and no help."""
     most = {"w1": 3, "w2": 3, "w3": 1}
     limits = {WorkerId(id): WorkerLimits(None, (0, n)) for id, n in most.items()}
-    service = await start_service(3, settings=BEST, limits=limits)
+    service = await start_service(2, settings={"use": use}, limits=limits)
+    await (await service.add()).registered.wait()
     epoch = service.engine.epoch
     assert service.engine.spares() == ["w3"]
     service.engine.membership.lose(WorkerId("w2"), "its cable")  # and it registers again
     await fake.until(lambda: service.engine.epoch > epoch, "the end of the epoch")
     await service.serving()
-    assert service.engine.spares() == ["w3"]
+    assert service.engine.spares() == (["w3"] if use is Use.BEST else [])
 
 
 async def test_who_comes_while_a_plan_is_made_that_fails_is_in_the_next_one(
