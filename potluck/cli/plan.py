@@ -261,5 +261,5 @@ def _loading(seconds: float) -> str:
 
 
 def _rate(per_second: float) -> str:
-    """Three figures: 1.36, 12.4, 230."""
-    return f"{per_second:#.3g}".rstrip(".")
+    """Three figures: 1.36, 12.4, 230; more of thousands: 1,776."""
+    return f"{per_second:,.0f}" if per_second >= 999.5 else f"{per_second:#.3g}".rstrip(".")

@@ -237,6 +237,16 @@ def test_a_machines_name_becomes_an_id(name: str, id: str) -> None:
     assert described.id_of(name) == id
 
 
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(0.0512, "0.0512"), (12.44, "12.4"), (230.1, "230"), (999.7, "1,000"), (1776.2, "1,776")],
+)
+def test_speeds_are_written_as_people_write_them(rate: float, shown: str) -> None:
+    speed = {"sessions": 1, "tokens_per_second_each": rate, "tokens_per_second": rate}
+    table = plan.speed_table({"forecast": {"speeds": [speed]}})
+    assert table.rows == (("1", shown, shown),)
+
+
 def _status() -> inference_pb2.StatusReply:
     times = LayerTimes(455_409_664, (1, 8), (0.0114, 0.0152), 215_072_768, 0.0054)
     reply = inference_pb2.StatusReply(model="x", state="serving")
