@@ -34,7 +34,7 @@ from potluck.type_mix import Candidate, TypeChoice, types_of
 SLAB_BYTES = 16 * 2**20
 ROOM_MARGIN_BYTES = 16 * 2**20  # left free on the disk
 # Of the bytes that are written for equal inputs; another one, and part files are begun afresh.
-FORMAT = 1
+FORMAT = 2
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 

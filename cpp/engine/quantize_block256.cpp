@@ -158,7 +158,7 @@ float ChooseSteps(const F4* x, const float* steps, CodeRange range, CodeRange sc
     for (int ds = -1; ds <= 1; ++ds) {
       const float s = scale + static_cast<float>(ds);
       if (s < scales.least || s > scales.most) continue;
-      const float error = StepError<kSubN>(x + j * kSubN, block.d * s, range);
+      const float error = StepError<kSubN>(x + j * kSubN, block.d * s, range, Alike(x));
       if (best >= 0.0f && error >= best) continue;
       best = error;
       block.scales[j] = s;
@@ -172,7 +172,8 @@ bool RefitSteps(const F4* x, CodeRange range, StepBlock& block) {
   float aa = 0.0f, xa = 0.0f;
   for (size_t j = 0; j < 16; ++j) {
     const float s = block.scales[j], step = block.d * s;
-    const CodeSums sums = SumCodes<kSubN>(x + j * kSubN, step != 0.0f ? 1.0f / step : 0.0f, range);
+    const CodeSums sums =
+        SumCodes<kSubN>(x + j * kSubN, step != 0.0f ? 1.0f / step : 0.0f, range, Alike(x));
     aa += s * s * sums.qq;
     xa += s * sums.xq;
   }
@@ -188,7 +189,8 @@ StepBlock FitSteps(const F4* x, CodeRange range, CodeRange scales, Candidates ca
   float extreme = 0.0f;
   for (size_t j = 0; j < 16; ++j) {
     const float largest = ExtremeOf<kSubN>(x + j * kSubN);
-    steps[j] = largest != 0.0f ? FitStep<kSubN>(x + j * kSubN, largest, range, candidates) : 0.0f;
+    steps[j] = largest != 0.0f ? FitStep<kSubN>(x + j * kSubN, largest, range, candidates, Alike(x))
+                               : 0.0f;
     const float size = steps[j] < 0.0f ? -steps[j] : steps[j];
     if (size > (extreme < 0.0f ? -extreme : extreme)) extreme = steps[j];
   }

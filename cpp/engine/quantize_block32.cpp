@@ -41,29 +41,31 @@ void PutCodes(const float codes[32], bool has_fifth, uint8_t* to) {
 }
 
 // The step, an f16, whose nearest codes leave the least error: the reference's, or a fitted one.
-float StepOf(const F4* x, CodeRange range, Candidates candidates) {
+template <typename Weigh>
+float StepOf(const F4* x, CodeRange range, Candidates candidates, const Weigh& weigh) {
   const float extreme = ExtremeOf<kN>(x);
   float step = Half(extreme / range.least);
   if (step == 0.0f) return 0.0f;
-  float error = StepError<kN>(x, step, range);
-  float fitted = Half(FitStep<kN>(x, extreme, range, candidates));
+  float error = StepError<kN>(x, step, range, weigh);
+  float fitted = Half(FitStep<kN>(x, extreme, range, candidates, weigh));
   for (size_t i = 0; i < 2; ++i) {
     if (fitted == step || fitted == 0.0f) break;
-    const float other = StepError<kN>(x, fitted, range);
-    if (other >= error) break;
+    const float other = StepError<kN>(x, fitted, range, weigh);
+    if (!(other < error)) break;
     error = other;
     step = fitted;
-    const CodeSums sums = SumCodes<kN>(x, 1.0f / step, range);
+    const CodeSums sums = SumCodes<kN>(x, 1.0f / step, range, weigh);
     fitted = Half(sums.xq / sums.qq);
   }
   return step;
 }
 
+template <typename Weigh>
 void QuantizeSteps(const float* from, CodeRange range, Candidates candidates, float codes[32],
                    float* step) {
   F4 x[kN];
   LoadBlock(from, x);
-  *step = StepOf(x, range, candidates);
+  *step = StepOf(x, range, candidates, Weigh(x));
   const F4 inverse = AllOf(*step != 0.0f ? 1.0f / *step : 0.0f);
   for (size_t i = 0; i < kN; ++i) StoreF4(CodesOf(x[i], inverse, range), codes + 4 * i);
 }
@@ -104,12 +106,12 @@ void QuantizeBlock32(WeightType type, const float* x, uint8_t* block) {
   float step = 0.0f;
   switch (type) {
     case WeightType::kQ4_0:
-      QuantizeSteps(x, {-8.0f, 7.0f}, kStepsQ4, codes, &step);
+      QuantizeSteps<ByMagnitude<kN>>(x, {-8.0f, 7.0f}, kStepsQ4, codes, &step);
       for (float& code : codes) code += 8.0f;
       PutHalf(step, block);
       return PutCodes(codes, false, block + 2);
     case WeightType::kQ5_0:
-      QuantizeSteps(x, {-16.0f, 15.0f}, kStepsQ5, codes, &step);
+      QuantizeSteps<Alike>(x, {-16.0f, 15.0f}, kStepsQ5, codes, &step);
       for (float& code : codes) code += 16.0f;
       PutHalf(step, block);
       return PutCodes(codes, true, block + 2);
@@ -120,7 +122,7 @@ void QuantizeBlock32(WeightType type, const float* x, uint8_t* block) {
       QuantizeLines(x, 31.0f, kLinesQ5, codes, block);
       return PutCodes(codes, true, block + 4);
     default:  // Q8_0
-      QuantizeSteps(x, {-127.0f, 127.0f}, kStepsQ8, codes, &step);
+      QuantizeSteps<Alike>(x, {-127.0f, 127.0f}, kStepsQ8, codes, &step);
       PutHalf(step, block);
       for (size_t j = 0; j < 32; ++j)
         block[2 + j] = static_cast<uint8_t>(static_cast<int32_t>(codes[j]));

@@ -227,7 +227,7 @@ TEST(TheBytesAreTheSameOnEveryMachine) {
     uint32_t checksum;
   } kGolden[] = {
       {WeightType::kF16, 0x337416bb},  {WeightType::kBF16, 0x5f7be1e3},
-      {WeightType::kQ4_0, 0xa0ee4d7e}, {WeightType::kQ4_1, 0x1682e5d2},
+      {WeightType::kQ4_0, 0x7b49604f}, {WeightType::kQ4_1, 0x1682e5d2},
       {WeightType::kQ5_0, 0x01ad93ca}, {WeightType::kQ5_1, 0x34926d21},
       {WeightType::kQ8_0, 0xa0614fcf}, {WeightType::kQ2_K, 0x0c59f0c0},
       {WeightType::kQ3_K, 0x56bf98fd}, {WeightType::kQ4_K, 0xcf48c13b},

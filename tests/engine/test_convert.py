@@ -96,19 +96,24 @@ def test_errors_are_smaller_than_llama_cpps(machine: engine.Engine, type_name: s
     for kind, reference in zip(KINDS, LLAMA_CPP[type_name], strict=True):
         x = rows_of(kind)
         ours = theirs(converted(machine, "f32", type_name, x), type_name)
-        assert 0.7 < 1000 * rmse(x, ours) / reference < 0.99, kind
+        most = 1 if type_name == "q4_0" else 0.99  # whose large values count for more
+        assert 0.7 < 1000 * rmse(x, ours) / reference < most, kind
 
 
 @pytest.mark.parametrize("type_name", REFERENCE_QUANTIZERS)
 def test_no_block_is_worse_than_the_gguf_packages(machine: engine.Engine, type_name: str) -> None:
+    """By what the engine minimizes: in Q4_0 errors count by the values' size (fitting.h)."""
     x = np.concatenate([rows_of(kind) for kind in KINDS])
     reference = gguf.quants.quantize(x, GGMLQuantizationType[type_name.upper()]).tobytes()
     blocks = x.reshape(-1, 32)
+    sizes = np.abs(blocks)
+    is_weighed = type_name == "q4_0"
+    weights = sizes + sizes.mean(axis=1, keepdims=True) if is_weighed else np.ones_like(blocks)
     ours, others = (
-        np.sum((theirs(data, type_name).reshape(-1, 32) - blocks) ** 2, axis=1)
+        np.sum(weights * (theirs(data, type_name).reshape(-1, 32) - blocks) ** 2, axis=1)
         for data in (converted(machine, "f32", type_name, x), reference)
     )
-    rounding = 1e-6 * np.sum(blocks**2, axis=1)  # of sums in f32
+    rounding = 1e-6 * np.sum(weights * blocks**2, axis=1)  # of sums in f32
     assert np.max(ours - others - rounding) <= 0
     assert ours.sum() < 0.98 * others.sum()
 
