@@ -23,7 +23,7 @@ from potluck.gguf import TensorInfo
 from potluck.rpc import options
 from potluck.tensor_store import RESERVE_BYTES, TensorStore
 from potluck.tensor_writer import TensorWriter
-from worker.sources import Away, NotHere, Source, Sources, next_message
+from worker.sources import Away, Busy, NotHere, Source, Sources, next_message
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Fetching:
             try:
                 answer = await ask()
             except Away as e:
-                self._why_away = e.message
+                self._note_away(e)
                 coordinator.rest(self._loop.time())
                 await self._pause(coordinator.rests_until)
             else:
@@ -218,7 +218,7 @@ class Fetching:
                 return
             except Away as e:
                 log.info("%s: %s", wanted.name, e.message)
-                self._why_away = e.message
+                self._note_away(e)
                 source.rest(self._loop.time())
             except NotHere as e:
                 log.info("%s: %s", wanted.name, e.message)
@@ -258,6 +258,11 @@ class Fetching:
         """Raises ModelError if nothing has come from anybody for too long."""
         self._check_silence()
         await asyncio.sleep(max(0.0, until - self._loop.time()))
+
+    def _note_away(self, why: Away) -> None:
+        self._why_away = why.message
+        if isinstance(why, Busy):  # its bytes go to others meanwhile; that is no silence
+            self._moved_at = self._loop.time()
 
     def _check_silence(self) -> None:
         silent = self._loop.time() - self._moved_at

@@ -44,6 +44,10 @@ class Away(PotluckError):
     """A source does not answer, or not now. Another one may, or the same one later."""
 
 
+class Busy(Away):
+    """The coordinator is there and serves others first."""
+
+
 class NotHere(PotluckError):
     """A source has not got it (any more), or gives nothing out."""
 
@@ -213,6 +217,8 @@ async def answered(source: Source, operation: Any) -> Any:
         raise Away(f"{source.name}: {e.message}") from e
     except grpc.aio.AioRpcError as e:
         words, _, remedy = (e.details() or e.code().name).partition("\n")
+        if e.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and source.has_all:
+            raise Busy(f"{source.name}: {words}") from e
         if e.code() in _AWAY:
             raise Away(f"{source.name} does not answer ({e.code().name})") from e
         if source.has_all:

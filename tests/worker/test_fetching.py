@@ -495,3 +495,13 @@ async def test_two_damaged_neighbours_do_not_fail_a_load_that_the_coordinator_ca
             liar = await p.add("ends early")
             liar.data = bytes(b ^ 1 for b in liar.data)
         await p.bring([tensor])
+
+
+async def test_a_coordinator_that_serves_others_first_is_waited_for(
+    place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With twenty workers on one slow line some get no stream for a minute or more."""
+    async with place("busy") as p:
+        monkeypatch.setattr(options, "FETCH_AWAY_SECONDS", 0.3)
+        p.coordinator.n_fetches = -10  # it refuses thirteen times, for more than a second
+        await p.bring(p.tensors[:1])
