@@ -20,6 +20,7 @@ from coordinator.answer import AnswerText
 from coordinator.config import Settings, Use
 from coordinator.drift import Drift
 from coordinator.figures import Figures, Traffic
+from coordinator.held import HeldLayers
 from coordinator.limits import PlanLimits
 from coordinator.links import MeasuredLinks
 from coordinator.loading import LoadOrder, Progress
@@ -91,6 +92,7 @@ class Engine:
         self._open_pipeline = open_pipeline
         self._meter = MeasuredLinks(LOOPBACK)
         self._scheduler: Scheduler | None = None  # while serving
+        self._held = HeldLayers()
         self._answers: dict[SessionId, AnswerStream] = {}
         self._n_asked = 0
         self._missing = ""  # why there is no service, after a loss
@@ -177,6 +179,7 @@ class Engine:
                 gone = [s.worker for s in plan.stages if s.worker in self._broken]
                 if gone:
                     raise StageLost(f"worker {gone[0]} was lost while it loaded", worker=gone[0])
+                self._held.note(plan, workers)
                 await self._serve(pipeline, Scheduler(self._limits(self.planned)))
         finally:
             self.pipeline, self._scheduler = None, None
@@ -212,7 +215,8 @@ class Engine:
             ),
             links=self.links,
             limits=self.limits,
-            stored=stored_layers(self.model.file, self.model.config, workers),
+            stored=stored_layers(self.model.file, self.model.config, workers)
+            or self._held.of(workers),
         )
 
     @property

@@ -1,7 +1,7 @@
 """A stage for each worker that is given, so that what people started is what is used.
 
 Pure. Layers are spread so that the slowest stage is as fast as it can be, never over a worker's
-memory; the order is that of registration unless another makes the slowest stage 3 % faster.
+memory; the order is the given one unless another makes the slowest stage 3 % faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BETTER = 0.97
 def spread(
     sizes: ModelSizes, workers: Sequence[WorkerInfo], n_positions: int, limits: PlanLimits
 ) -> list[tuple[WorkerInfo, int]] | None:
-    """Workers in pipeline order and their layers: the least slowest stage, the earliest order among
+    """Workers in pipeline order and their layers: the least slowest stage, the given order among
     near equals. None: no room for the KV of so many positions.
     """
     found: tuple[float, list[tuple[WorkerInfo, int]]] | None = None
@@ -40,8 +40,23 @@ def spread(
     return found and found[1]
 
 
+def in_their_places(
+    workers: Sequence[WorkerInfo], stored: Mapping[WorkerId, frozenset[int]], n_layers: int
+) -> list[WorkerInfo]:
+    """By the first layer that each holds; who holds none where nobody holds any, one after the
+    other, or at the end. Else as they registered.
+    """
+    held = frozenset[int]().union(*(stored.get(worker.id, ()) for worker in workers))
+    gaps = iter([i for i in range(n_layers) if i not in held and (i == 0 or i - 1 in held)])
+    places = {
+        worker.id: min(layers) if (layers := stored.get(worker.id)) else next(gaps, n_layers)
+        for worker in workers
+    }
+    return sorted(workers, key=lambda worker: places[worker.id])
+
+
 def _orders(workers: Sequence[WorkerInfo]) -> Iterator[list[WorkerInfo]]:
-    """As they registered, then every choice of first and last; the rest stay in their order.
+    """As they are given, then every choice of first and last; the rest stay in their order.
 
     Only the ends differ (embeddings, head), so the order between them changes nothing.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from coordinator.advice import advice_for
 from coordinator.asked import Asked
-from coordinator.every_worker import spread
+from coordinator.every_worker import in_their_places, spread
 from coordinator.forecast import Forecast, shared
 from coordinator.goal import Rules
 from coordinator.layout import Task, has_room, plan_of
@@ -123,9 +123,10 @@ def _every_worker(task: Task, workers: Sequence[WorkerInfo]) -> Plan:
             f"{len(workers)} workers can't share {sizes.n_layers} layers, each needs one",
             remedy=f"ask for --workers {sizes.n_layers} or fewer",
         )
+    placed = in_their_places(workers, task.stored, sizes.n_layers)
     for sessions in task.kv_levels:
         n_positions = sessions * task.context_tokens
-        best = spread(sizes, workers, n_positions, task.limits)
+        best = spread(sizes, placed, n_positions, task.limits)
         if best is not None:
             return plan_of(sizes, best, n_positions)
     raise refusal(task, workers, _has_room_for_each)

@@ -49,8 +49,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "large.gguf", LARGE)
 
 
-def span_bytes(path: Path, start: int, stop: int) -> int:
-    """Of the span's tensors, those that are equal counted once."""
+def span_bytes(path: Path, start: int, stop: int, held: tuple[int, int] | None = None) -> int:
+    """Of the span's tensors, those that are equal counted once, without those of `held`."""
+    found = tensors_of(path, start, stop)
+    others = tensors_of(path, *held) if held else {}
+    return sum(size for data, size in found.items() if data not in others)
+
+
+def tensors_of(path: Path, start: int, stop: int) -> dict[bytes, int]:
+    """A span's tensors and their sizes."""
     file = gguf.read(path)
     config = model.config_of(file)
     ends = {"embeds": start == 0, "has_head": stop == config.n_layers}
@@ -59,7 +66,7 @@ def span_bytes(path: Path, start: int, stop: int) -> int:
         for tensor in model.span_tensors(file, config, Span(start, stop), **ends):
             opened.seek(tensor.offset_bytes)
             found[opened.read(tensor.size_bytes)] = tensor.size_bytes
-    return sum(found.values())
+    return found
 
 
 def layer_bytes(path: Path, layers: Collection[int]) -> int:
@@ -129,6 +136,17 @@ class Machines:
             assert time.monotonic() < deadline, (report, self.said())
             time.sleep(0.02)
         return {worker.id: worker for worker in report.workers}
+
+    def until_planned(self, *names: str) -> dict[str, tuple[int, int]]:
+        """Spans of a plan of exactly these workers, once it is served."""
+        deadline = time.monotonic() + 60
+        while True:
+            self.until_serving()
+            spans = {s.worker: s.span for s in self.status().plan}
+            if set(spans) == set(names) and self.status().is_serving:
+                return spans
+            assert time.monotonic() < deadline, (spans, self.said())
+            time.sleep(0.05)
 
     def fetched(self) -> dict[str, int]:
         """Bytes that each worker got from others in its newest load, once the service serves."""
@@ -352,6 +370,29 @@ def test_a_new_plan_fetches_only_layers_that_are_new(machines: Machine, small: P
     rest = span_bytes(small, 0, SMALL.n_layers) - span_bytes(small, *spans["w1"])
     assert away.fetched() == {"w1": rest}
     assert first["w2"] == span_bytes(small, *spans["w2"])
+
+
+def test_only_layers_that_change_their_worker_are_fetched(machines: Machine, small: Path) -> None:
+    away = machines(small, n_workers=3)
+    for name in ("w1", "w2", "w3"):
+        away.start_worker(name)
+    held = away.until_planned("w1", "w2", "w3")
+    away.start_worker("w4")  # a spare
+    before = away.bits()
+    away.kill(away.workers.pop("w2"))
+    spans = away.until_planned("w1", "w3", "w4")
+    fetched = away.fetched()
+    for name, span in spans.items():
+        assert fetched[name] == span_bytes(small, *span, held.get(name)), (name, spans, held)
+    assert away.bits() == before
+    away.start_worker("w2")
+    away.kill(away.workers.pop("w4"))
+    again, fetched = away.until_planned("w1", "w2", "w3"), away.fetched()
+    assert set(again) == set(held)
+    for name, span in again.items():  # w2's speed was measured anew: spans may differ from before
+        if span == held[name]:
+            assert fetched[name] == 0
+    assert away.bits() == before
 
 
 def test_a_copy_under_another_name_is_verified_once_and_nothing_is_sent(
