@@ -31,6 +31,7 @@ from worker.weights import OwnFiles
 log = logging.getLogger(__name__)
 
 NEWS_SECONDS = 0.5  # between two messages while bytes come
+COPY_BYTES = 2**20  # at a time, of a tensor that another file of this machine has
 HASHERS = 2  # tensors of an own file that are hashed at a time
 
 
@@ -124,10 +125,8 @@ class Delivery:
         async with open_sources(self._request, self._own_name) as sources:
             self._before_bytes = self.fetched_bytes
             self._fetching = Fetching(self._store, sources, self._stack)
-            if here is not None:
-                if await self._is_right(here[0], self._tensors(*here)):
-                    return here
-                log.warning("%s holds other weights than the coordinator's file", here[0].path)
+            if here is not None and await self._is_right(here[0], self._tensors(*here)):
+                return here
             return await self._fetched(self._fetching)
 
     def _is_same(self, file: GgufFile) -> bool:
@@ -144,7 +143,11 @@ class Delivery:
         return found == (meant.path, meant.size_bytes, meant.modified_ns)
 
     async def _is_right(self, file: GgufFile, tensors: Sequence[TensorInfo]) -> bool:
-        """Whether a file's tensors have the sums of the coordinator's; its own are remembered."""
+        """Whether a file's tensors have the sums of the coordinator's; its own are remembered.
+
+        If some have not, the others are copied to the store, unless packs are made: then nobody
+        knows yet which are needed.
+        """
         assert self._fetching is not None, "made before"
         sums = await self._fetching.sums(tensors)
         try:
@@ -152,20 +155,45 @@ class Delivery:
         except ModelError as e:
             log.warning("%s", e.message)
             return False
+        right: list[tuple[TensorInfo, bytes]] = []
         loop = asyncio.get_running_loop()
         hashers = ThreadPoolExecutor(HASHERS, thread_name_prefix="sha256")
         try:
             for tensor, meant in zip(tensors, sums, strict=True):
-                if await loop.run_in_executor(hashers, manifest.sha256, tensor) != meant:
-                    log.info("%s of %s is another one", tensor.name, file.path)
-                    return False
+                if await loop.run_in_executor(hashers, manifest.sha256, tensor) == meant:
+                    right.append((tensor, meant))
+                else:
+                    log.warning("%s of %s is not the coordinator's", tensor.name, file.path)
+            if len(right) == len(sums):
+                self._own_files.add(file.header_sha256, manifest)
+                return True
+            if not self._makes_packs:
+                await self._copy(manifest, right)
         except ModelError as e:
             log.warning("%s", e.message)
-            return False
         finally:
             hashers.shutdown(wait=False, cancel_futures=True)
-        self._own_files.add(file.header_sha256, manifest)
-        return True
+        return False
+
+    async def _copy(self, manifest: Manifest, right: Sequence[tuple[TensorInfo, bytes]]) -> None:
+        """These to the store, as far as it has room. Raises ModelError."""
+        claim = self._store.claimed([sha256 for _, sha256 in right])
+        await asyncio.to_thread(claim.__enter__)
+        self._stack.push(claim)
+        for tensor, sha256 in right:
+            await asyncio.to_thread(self._copy_one, manifest, tensor, sha256)
+
+    def _copy_one(self, manifest: Manifest, tensor: TensorInfo, sha256: bytes) -> None:
+        store, size = self._store, tensor.size_bytes
+        if store.has(sha256, size):
+            return
+        if why := store.make_room(size, [sha256]):
+            raise ModelError(f"{tensor.name} is not copied: {why}")
+        with store.writer(sha256, size) as writer:
+            while writer.offset < size:
+                n_bytes = min(COPY_BYTES, size - writer.offset)
+                writer.write(manifest.read(tensor.offset_bytes + writer.offset, n_bytes))
+            writer.finish()
 
     async def _fetched(self, fetching: Fetching) -> tuple[GgufFile, ModelConfig]:
         """Header, then what the shape is told by, then the span."""
