@@ -179,7 +179,7 @@ class Engine:
                 gone = [s.worker for s in plan.stages if s.worker in self._broken]
                 if gone:
                     raise StageLost(f"worker {gone[0]} was lost while it loaded", worker=gone[0])
-                self._held.note(plan, workers)
+                self._held.note(plan, (*workers, *self.membership.fleet.usable()))
                 await self._serve(pipeline, Scheduler(self._limits(self.planned)))
         finally:
             self.pipeline, self._scheduler = None, None
