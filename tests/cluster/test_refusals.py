@@ -124,7 +124,7 @@ def test_nothing_is_served_beyond_loopback(smollm2: Path) -> None:
 
 def test_workers_with_too_little_memory(smollm2: Path) -> None:
     done = potluck("serve", str(smollm2), "--local-workers", "2", "--memory", "20 MiB")
-    refused(done, 1, "MiB", "--context")
+    refused(done, 1, "MiB", "--memory")
 
 
 @pytest.mark.parametrize(
