@@ -132,7 +132,11 @@ class Round:
             for machine in others:
                 arguments = ["--coordinator", address, "--host", machine.address]
                 arguments += ["--name", machine.kind.name]
-                running.enter_context(self._running(machine, "potluck-worker", *arguments))
+                worker = self._running(machine, "potluck-worker", *arguments)
+                announced = running.enter_context(worker).stdout
+                # One measures at a time, as machines of their own would: these share two cores.
+                assert announced is not None, "it is a pipe"
+                announced.readline()
             report = self._serving(home, address)
             rates = [self._ask(home, address) for _ in range(self.args.requests + 1)][1:]
         return Served(
@@ -142,16 +146,16 @@ class Round:
         )
 
     @contextlib.contextmanager
-    def _running(self, machine: Machine, *command: str) -> Iterator[None]:
+    def _running(self, machine: Machine, *command: str) -> Iterator[subprocess.Popen[str]]:
         """A program on a machine with a cache of its own, until the context ends."""
         process = machine.run(
             *command,
             environment={"POTLUCK_CACHE": str(self.folder / machine.kind.name)},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=self.log,
         )
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             process.wait()
