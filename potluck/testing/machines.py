@@ -58,7 +58,8 @@ class Machine:
     ) -> subprocess.Popen[str]:
         """A program on this machine; it is stopped with the machine."""
         joins = "".join(f"echo $$ > {group / _members(group)}; " for group in self._groups)
-        inside = ["ip", "netns", "exec", self._namespace] if self._namespace else []
+        # Not `ip netns exec`: its /sys has no control groups, and the bounds would not be seen.
+        inside = ["nsenter", f"--net=/run/netns/{self._namespace}"] if self._namespace else []
         process = subprocess.Popen(
             [*inside, "sh", "-c", f'{joins}exec "$@"', "sh", *command],
             env={**os.environ, **(environment or {})},
