@@ -47,9 +47,7 @@ async def test_who_does_not_answer_has_no_link_and_the_next_one_is_measured(rig:
         assert reply.links[1].rtt_seconds > 0
 
 
-@pytest.mark.parametrize(
-    "address", ["", ":", "nowhere", "127.0.0.1:99999", "\0", "a" * 70_000, "unix:/nowhere", "[::1"]
-)
+@pytest.mark.parametrize("address", ["", ":", "127.0.0.1:99999", "\0", "unix:/nowhere", "[::1"])
 async def test_an_address_that_is_none_is_not_answered(address: str) -> None:
     assert await echo.measure(address) is None
 
